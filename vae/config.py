@@ -1,0 +1,317 @@
+"""What a model and a training run are made of: frozen, complete, checked before any work.
+
+Standard library only, so that a command line can check a configuration without loading torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+# The allowlist: the `model` tag -> where its configuration and its class are.
+# A bundle or a checkpoint is built from these names and from nothing else.
+MODELS: dict[str, tuple[str, str]] = {
+    "flat": ("vae.config:FlatConfig", "vae.flat:FlatVAE"),
+    "autoencoder": ("vae.config:AutoencoderConfig", "vae.autoencoder:Autoencoder"),
+}
+
+LIKELIHOODS = (
+    "bernoulli",
+    "continuous_bernoulli",
+    "gaussian",
+    "optimal_gaussian",
+    "discretized_logistic",
+    "discretized_logistic_mixture",
+)
+NETWORKS = ("conv", "strided", "residual", "mlp")
+
+
+def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse a value outside its choices, naming the nearest.
+
+    >>> check_choice("prior", "norml", ["normal", "vamp"])
+    Traceback (most recent call last):
+    ValueError: prior='norml' is not one of 'normal', 'vamp': did you mean 'normal'?
+    """
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(
+            f"{field}={value!r} is not one of {', '.join(map(repr, choices))}{_nearest(value, choices)}"
+        )
+
+
+def check_range(field: str, value: float, low: float, high: float = float("inf")) -> None:
+    """Refuse a number outside [low, high] (NaN is outside every range)."""
+    if not low <= value <= high:
+        raise ValueError(f"{field}={value!r} must be in [{low:g}, {high:g}]")
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.5)
+    return f": did you mean {close[0]!r}?" if close else ""
+
+
+def _freeze(value: Any) -> Any:
+    """JSON and TOML have lists where a frozen configuration has tuples."""
+    return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A frozen record that goes to JSON and back, and refuses what it doesn't know."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, defaults included."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The configuration of these fields; an unknown one is a ValueError with the nearest valid name.
+
+        >>> TrainConfig.from_dict({"epoch": 3})
+        Traceback (most recent call last):
+        ValueError: unknown field 'epoch' of TrainConfig: did you mean 'epochs'?
+        """
+        valid = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in valid:
+                raise ValueError(f"unknown field {name!r} of {cls.__name__}{_nearest(name, valid)}")
+        required = [
+            f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING
+        ]
+        for name in required:
+            if name not in values:
+                raise ValueError(f"{cls.__name__} needs a value for {name!r}")
+        return cls(**{name: _freeze(value) for name, value in values.items()})
+
+    def _check_types(self) -> None:
+        """JSON and TOML are untyped: refuse a string for a number here, not deep inside torch."""
+        for field in dataclasses.fields(self):
+            value, default = getattr(self, field.name), field.default
+            wanted = type(default) if default is not dataclasses.MISSING and default is not None else None
+            accepted = (int, float) if wanted is float else (wanted,)
+            wrong = wanted is not None and type(value) not in accepted
+            if wrong:
+                raise ValueError(f"{field.name}={value!r} must be of type {wanted.__name__}")  # type: ignore[union-attr]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Config):
+    """What every model of images states: the geometry of x and the likelihood p(x|z).
+
+    binarize says what a Bernoulli likelihood does with grey pixels: 'threshold' (above 127 is 1) or
+    'sampled' (1 with probability x/255; drawn anew each training step, fixed by id in evaluation).
+    The encoder sees the same binarised pixels. components counts the logistics of a mixture.
+    """
+
+    model: ClassVar[str]
+
+    height: int
+    width: int
+    channels: int
+    likelihood: str = "discretized_logistic"
+    components: int = 5
+    binarize: str = "none"
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        for side in ("height", "width"):
+            check_range(side, getattr(self, side), 8, 256)
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels={self.channels!r} must be 1 (grey) or 3 (RGB)")
+        check_choice("likelihood", self.likelihood, LIKELIHOODS)
+        check_range("components", self.components, 1, 100)
+        check_choice("binarize", self.binarize, ("none", "threshold", "sampled"))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        return self.channels, self.height, self.width
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field and the model's tag."""
+        return {"model": self.model, **super().to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The fields with or without the model's tag; another model's tag is refused."""
+        values = dict(values)
+        tag = values.pop("model", cls.model)
+        if tag != cls.model:
+            raise ValueError(f"model={tag!r} is not {cls.model!r}, which {cls.__name__} describes")
+        return super().from_dict(values)
+
+
+def _default_hidden(network: str, height: int, width: int) -> tuple[int, ...]:
+    """MLP: one wide layer. Convolution: halve the longer side to 4 pixels or fewer, doubling channels."""
+    if network == "mlp":
+        return (400,)
+    stages = max(1, (max(height, width) - 1).bit_length() - 2)
+    return tuple(min(32 * 2**stage, 256) for stage in range(stages))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _NetworkConfig(ModelConfig):
+    """The encoder and the decoder that mirrors it, shared by the flat models.
+
+    network: 'conv' (convolution and max pooling), 'strided', 'residual', 'mlp'.
+    hidden: channels of each halving stage, or sizes of the MLP's layers; None chooses by geometry,
+    () is a linear MLP. upsampling: how the decoder of 'conv' mirrors pooling.
+    """
+
+    latent_dim: int = 32
+    network: str = "conv"
+    hidden: tuple[int, ...] | None = None
+    upsampling: str = "transposed"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("latent_dim", self.latent_dim, 1, 65536)
+        check_choice("network", self.network, NETWORKS)
+        check_choice("upsampling", self.upsampling, ("transposed", "unpool"))
+        if self.hidden is None:
+            object.__setattr__(self, "hidden", _default_hidden(self.network, self.height, self.width))
+        if not isinstance(self.hidden, tuple) or not all(type(h) is int and h > 0 for h in self.hidden):
+            raise ValueError(f"hidden={self.hidden!r} must be positive whole numbers")
+        if not self.hidden and self.network != "mlp":
+            raise ValueError(
+                f"hidden=() is a linear network, which needs network='mlp', not {self.network!r}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatConfig(_NetworkConfig):
+    """The VAE with one latent vector (Kingma & Welling 2014).
+
+    prior: 'normal', or 'vamp' (Tomczak & Welling 2018) with its number of pseudo_inputs.
+
+    >>> config = FlatConfig(height=28, width=28, channels=1)
+    >>> config.hidden
+    (32, 64, 128)
+    >>> model_config(config.to_dict()) == config
+    True
+    """
+
+    model: ClassVar[str] = "flat"
+
+    prior: str = "normal"
+    pseudo_inputs: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("prior", self.prior, ("normal", "vamp"))
+        check_range("pseudo_inputs", self.pseudo_inputs, 1, 10_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig(_NetworkConfig):
+    """The deterministic autoencoder, the baseline: a code and its reconstruction, no prior.
+
+    corruption: what the input suffers while the target stays clean. 'noise' adds a Gaussian of
+    standard deviation `corruption_strength` (in units of the full range 0..1); 'downscale' shrinks by
+    the whole factor `corruption_strength` and enlarges again, so that decoding upscales.
+    """
+
+    model: ClassVar[str] = "autoencoder"
+
+    corruption: str = "none"
+    corruption_strength: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("corruption", self.corruption, ("none", "noise", "downscale"))
+        low, high = {"none": (0, 0), "noise": (1e-6, 10), "downscale": (2, 64)}[self.corruption]
+        check_range(
+            f"corruption_strength (corruption={self.corruption!r})", self.corruption_strength, low, high
+        )
+        if self.corruption == "downscale" and self.corruption_strength != int(self.corruption_strength):
+            raise ValueError(f"corruption_strength={self.corruption_strength!r} must be whole to downscale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """How to train, whatever the model.
+
+    batch_size in images; learning_rate is Adam's. The loss is the negative ELBO with
+    - beta: the KL's final weight (Higgins et al. 2017), reached by beta_schedule: 'constant',
+      'warmup' (linear over the first warmup_epochs) or 'cyclic' (Fu et al. 2019: `cycles` ramps);
+    - free_bits: nats that each latent level may use at no cost (Kingma et al. 2016);
+    - kl_balancing: levels that carry much pay more while beta is below its final value (Vahdat & Kautz 2020);
+    or, with objective='iwae', the bound of `samples` importance samples (Burda et al. 2016), its
+    gradient 'dreg', doubly reparameterized (Tucker et al. 2018), or 'plain'.
+    log_every and checkpoint_every count steps; a checkpoint is also taken at the end of each epoch.
+    """
+
+    epochs: int = 20
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    seed: int = 0
+    objective: str = "elbo"
+    samples: int = 1
+    gradient: str = "dreg"
+    beta: float = 1.0
+    beta_schedule: str = "constant"
+    warmup_epochs: float = 0.0
+    cycles: int = 4
+    free_bits: float = 0.0
+    kl_balancing: bool = False
+    log_every: int = 50
+    checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        for name in ("epochs", "batch_size", "samples", "cycles", "log_every", "checkpoint_every"):
+            check_range(name, getattr(self, name), 1)
+        for name in ("beta", "warmup_epochs", "free_bits"):
+            check_range(name, getattr(self, name), 0, 1e6)
+        check_range("learning_rate", self.learning_rate, 1e-12, 10)
+        check_range("seed", self.seed, 0, 2**63 - 1)
+        check_choice("objective", self.objective, ("elbo", "iwae"))
+        check_choice("gradient", self.gradient, ("dreg", "plain"))
+        check_choice("beta_schedule", self.beta_schedule, ("constant", "warmup", "cyclic"))
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        """A setting that would silently do nothing is refused."""
+        weighted = self.beta != 1 or self.beta_schedule != "constant" or self.free_bits or self.kl_balancing
+        if self.objective == "iwae" and weighted:
+            raise ValueError(
+                "objective='iwae' is a bound on log p(x): it takes no beta, schedule, free_bits or balancing"
+            )
+        if self.objective == "elbo" and self.samples != 1:
+            raise ValueError(
+                f"samples={self.samples} needs objective='iwae': the ELBO is trained with one sample"
+            )
+        if (self.beta_schedule == "warmup") != (self.warmup_epochs > 0):
+            raise ValueError(
+                f"beta_schedule={self.beta_schedule!r} does not fit warmup_epochs={self.warmup_epochs:g}: "
+                "a warm-up needs both"
+            )
+
+
+def _resolve(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def model_config(values: Mapping[str, Any]) -> ModelConfig:
+    """The configuration that a dictionary with a `model` tag describes, by the allowlist.
+
+    >>> model_config({"model": "flta", "height": 28, "width": 28, "channels": 1})
+    Traceback (most recent call last):
+    ValueError: model='flta' is not one of 'flat', ...: did you mean 'flat'?
+    """
+    tag = values.get("model", "flat")
+    check_choice("model", tag, MODELS)
+    config: ModelConfig = _resolve(MODELS[tag][0]).from_dict(values)
+    return config
+
+
+def model_class(config: ModelConfig) -> Any:
+    """The class that builds this configuration's model, imported (with torch) only here."""
+    check_choice("model", config.model, MODELS)
+    return _resolve(MODELS[config.model][1])
