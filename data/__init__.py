@@ -1,0 +1,1 @@
+"""Storage: image sources, decoding, snapshots and Parquet tables with atomic commits."""

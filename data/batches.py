@@ -1,0 +1,195 @@
+"""Images in batches: a whole split resident in memory, or a stream of bounded memory.
+
+Shapes: B batch, C channels, H W pixels; images are uint8 (B, C, H, W).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from data.images import (
+    LIMITS,
+    DecodePath,
+    Limits,
+    Reject,
+    Rejected,
+    content_hash,
+    decode,
+    fit_pixels,
+    pixel_hash,
+)
+from data.sources import Source
+
+CHUNK = 64  # images one worker takes at a time
+AHEAD = 2  # batches decoded before they are asked for
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Decoded images and what is known of each, in the listing's order.
+
+    `images` uint8 (B, C, H, W); `rows` their rows of the source's listing; `hashes` blake3 of each one's
+    stored bytes; `sizes` int32 (B, 2), width and height as stored, upright; `rejects` the ids that gave
+    no image, with the reason.
+    """
+
+    images: np.ndarray
+    rows: pa.RecordBatch
+    hashes: list[bytes]
+    sizes: np.ndarray
+    rejects: list[tuple[str, Reject]]
+
+    @property
+    def ids(self) -> list[str]:
+        return self.rows["id"].to_pylist()
+
+
+class Resident(NamedTuple):
+    """A whole split in memory: images uint8 (N, C, H, W), ids, and labels (None where there is none)."""
+
+    images: np.ndarray
+    ids: list[str]
+    labels: list[str | None]
+
+
+def stream(
+    source: Source,
+    path: DecodePath,
+    batch_size: int = 256,
+    *,
+    rows: Iterable[pa.RecordBatch] | None = None,
+    limits: Limits = LIMITS,
+    workers: int | None = None,
+) -> Iterator[Batch]:
+    """Batches of a source's images, read and decoded ahead in threads; memory is that of a few batches.
+
+    `rows` picks rows of the source's listing, in their order; all of it when None. A batch holds up to
+    `batch_size` images: fewer where some are rejected. `workers` defaults to the machine's cores.
+
+    >>> from data.sources import open_source
+    >>> digits = open_source("digits")
+    >>> batch = next(stream(digits, DecodePath().resolved(digits.native), 100))
+    >>> batch.images.shape, batch.ids[0]
+    ((100, 1, 8, 8), 'digits/000000000')
+    """
+    path.geometry  # noqa: B018  an open geometry is the caller's error, before any work
+    pieces = rebatch(source.list() if rows is None else rows, batch_size)
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="decode") as pool:
+        pending: deque[list[Future[Batch]]] = deque()
+        try:
+            for piece in pieces:
+                pending.append(_submit(pool, source, piece, path, limits))
+                if len(pending) > AHEAD:
+                    yield _join(pending.popleft())
+            while pending:
+                yield _join(pending.popleft())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def read_rows(source: Source, rows: pa.RecordBatch, path: DecodePath, limits: Limits = LIMITS) -> Batch:
+    """Read and decode some rows of a source's listing, here and now."""
+    payload = source.read(rows, limits)
+    if isinstance(payload, np.ndarray) and payload.shape[1:] == _hwc(path):
+        return _ready(payload, rows)
+    return _decoded(payload, rows, path, limits)
+
+
+def rebatch(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of exactly `size`, but for the last.
+
+    >>> import pyarrow as pa
+    >>> three = pa.record_batch({"x": [1, 2, 3]})
+    >>> [batch.num_rows for batch in rebatch([three, three, three], 4)]
+    [4, 4, 1]
+    """
+    held: list[pa.RecordBatch] = []
+    count = 0
+    for batch in batches:
+        start = 0
+        while count + batch.num_rows - start >= size:
+            take = size - count
+            held.append(batch.slice(start, take))
+            yield pa.concat_batches(held)
+            held, count, start = [], 0, start + take
+        if start < batch.num_rows:
+            held.append(batch.slice(start))
+            count += batch.num_rows - start
+    if held:
+        yield pa.concat_batches(held)
+
+
+def _submit(
+    pool: ThreadPoolExecutor, source: Source, rows: pa.RecordBatch, path: DecodePath, limits: Limits
+) -> list[Future[Batch]]:
+    return [
+        pool.submit(read_rows, source, rows.slice(start, CHUNK), path, limits)
+        for start in range(0, rows.num_rows, CHUNK)
+    ]
+
+
+def _join(chunks: list[Future[Batch]]) -> Batch:
+    parts = [chunk.result() for chunk in chunks]
+    return Batch(
+        np.concatenate([part.images for part in parts]),
+        pa.concat_batches([part.rows for part in parts]),
+        [digest for part in parts for digest in part.hashes],
+        np.concatenate([part.sizes for part in parts]),
+        [reject for part in parts for reject in part.rejects],
+    )
+
+
+def _hwc(path: DecodePath) -> tuple[int, int, int]:
+    channels, height, width = path.geometry
+    return height, width, channels
+
+
+def _ready(pixels: np.ndarray, rows: pa.RecordBatch) -> Batch:
+    """Pixels (B, H, W, C) that have the geometry already: no image is touched on its own."""
+    height, width = pixels.shape[1:3]
+    sizes = np.broadcast_to(np.array([width, height], np.int32), (len(pixels), 2))
+    return Batch(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), rows, _hashes(pixels, rows), sizes, [])
+
+
+def _hashes(pixels: np.ndarray, rows: pa.RecordBatch) -> list[bytes]:
+    """Array sources list a content hash as the version of each image: it is not computed again."""
+    return [
+        bytes.fromhex(version) if version is not None and len(version) == 32 else pixel_hash(image)
+        for version, image in zip(rows["version"].to_pylist(), pixels, strict=True)
+    ]
+
+
+def _decoded(payload: Iterable[object], rows: pa.RecordBatch, path: DecodePath, limits: Limits) -> Batch:
+    images = np.empty((rows.num_rows, *path.geometry), np.uint8)
+    kept: list[int] = []
+    hashes, sizes, rejects = [], [], []
+    for place, (key, item) in enumerate(zip(rows["id"].to_pylist(), payload, strict=True)):
+        try:
+            image, digest = _one(item, path, key, limits)
+        except Rejected as error:
+            rejects.append((key, error.reject))
+            continue
+        images[len(kept)] = image.pixels
+        kept.append(place)
+        hashes.append(digest)
+        sizes.append((image.width, image.height))
+    if rejects:
+        rows = rows.take(pa.array(kept, pa.int64()))
+    return Batch(images[: len(kept)], rows, hashes, np.array(sizes, np.int32).reshape(-1, 2), rejects)
+
+
+def _one(item: object, path: DecodePath, key: str, limits: Limits):  # type: ignore[no-untyped-def]
+    if isinstance(item, Reject):
+        raise Rejected(*item)
+    if isinstance(item, np.ndarray):
+        return fit_pixels(item, path), pixel_hash(item)
+    assert isinstance(item, bytes)
+    return decode(item, path, name=key, limits=limits), content_hash(item)
