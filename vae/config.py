@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -17,6 +18,7 @@ from typing import Any, ClassVar, Self
 MODELS: dict[str, tuple[str, str]] = {
     "flat": ("vae.config:FlatConfig", "vae.flat:FlatVAE"),
     "autoencoder": ("vae.config:AutoencoderConfig", "vae.autoencoder:Autoencoder"),
+    "ladder": ("vae.config:LadderConfig", "vae.ladder:LadderVAE"),
 }
 
 LIKELIHOODS = (
@@ -155,7 +157,7 @@ def _default_hidden(network: str, height: int, width: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _NetworkConfig(ModelConfig):
+class NetworkConfig(ModelConfig):
     """The encoder and the decoder that mirrors it, shared by the flat models.
 
     network: 'conv' (convolution and max pooling), 'strided', 'residual', 'mlp'.
@@ -184,7 +186,7 @@ class _NetworkConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlatConfig(_NetworkConfig):
+class FlatConfig(NetworkConfig):
     """The VAE with one latent vector (Kingma & Welling 2014).
 
     prior: 'normal', or 'vamp' (Tomczak & Welling 2018) with its number of pseudo_inputs.
@@ -208,7 +210,7 @@ class FlatConfig(_NetworkConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderConfig(_NetworkConfig):
+class AutoencoderConfig(NetworkConfig):
     """The deterministic autoencoder, the baseline: a code and its reconstruction, no prior.
 
     corruption: what the input suffers while the target stays clean. 'noise' adds a Gaussian of
@@ -305,13 +307,75 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
     Traceback (most recent call last):
     ValueError: model='flta' is not one of 'flat', ...: did you mean 'flat'?
     """
-    tag = values.get("model", "flat")
-    check_choice("model", tag, MODELS)
-    config: ModelConfig = _resolve(MODELS[tag][0]).from_dict(values)
+    config: ModelConfig = config_class(values.get("model", "flat")).from_dict(values)
     return config
+
+
+def config_class(tag: str) -> type[ModelConfig]:
+    """The configuration class of a model family, by the allowlist."""
+    check_choice("model", tag, MODELS)
+    found: type[ModelConfig] = _resolve(MODELS[tag][0])
+    return found
 
 
 def model_class(config: ModelConfig) -> Any:
     """The class that builds this configuration's model, imported (with torch) only here."""
     check_choice("model", config.model, MODELS)
     return _resolve(MODELS[config.model][1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LadderConfig(ModelConfig):
+    """The hierarchical VAE: stages of falling resolution, each with levels of spatial latents.
+
+    One entry a stage, finest first. strides: how many times smaller than the stage before (the image, for
+    the first), rounding up; hidden: feature channels; levels: stochastic levels, 0 for features alone;
+    latents: latent channels of each of its levels. () chooses by geometry. blocks: gated residual blocks
+    before each level, on either path.
+
+    >>> config = LadderConfig(height=28, width=28, channels=1)
+    >>> config.strides, config.levels
+    ((4, 7), (2, 1))
+    """
+
+    model: ClassVar[str] = "ladder"
+
+    strides: tuple[int, ...] = ()
+    hidden: tuple[int, ...] = ()
+    levels: tuple[int, ...] = ()
+    latents: tuple[int, ...] = ()
+    blocks: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("blocks", self.blocks, 1, 16)
+        for name, default in _default_ladder(self.height, self.width).items():
+            if getattr(self, name) == ():
+                object.__setattr__(self, name, default)
+            self._check_stages(name)
+        if not sum(self.levels):
+            raise ValueError(f"levels={self.levels!r}: a ladder needs a stochastic level in some stage")
+
+    def _check_stages(self, name: str) -> None:
+        value = getattr(self, name)
+        low = 0 if name == "levels" else 1
+        if not isinstance(value, tuple) or not all(type(v) is int and v >= low for v in value):
+            raise ValueError(f"{name}={value!r} must be whole numbers of {low} or more, one a stage")
+        if len(value) != len(self.strides):
+            raise ValueError(f"{name}={value!r} has {len(value)} stages and strides={self.strides!r} has not")
+
+
+def _default_ladder(height: int, width: int) -> dict[str, tuple[int, ...]]:
+    """Quarter the image, halve it while its longer side is 9 or more, and end in one vector."""
+    side = math.ceil(max(height, width) / 4)
+    strides = [4]
+    while side > 8:
+        side = math.ceil(side / 2)
+        strides.append(2)
+    stages = len(strides) + 1
+    return {
+        "strides": (*strides, max(side, 2)),
+        "hidden": (*(min(64 * 2**stage, 128) for stage in range(stages - 1)), 256),
+        "levels": (2,) * (stages - 1) + (1,),
+        "latents": (4,) * (stages - 1) + (32,),
+    }

@@ -1,0 +1,286 @@
+"""The hierarchical VAE: several levels of spatial latents, inferred and generated from the top down.
+
+    p(x, z) = p(x|z) p(z_1) ∏ p(z_l | z_<l)        q(z|x) = q(z_1|x) ∏ q(z_l | z_<l, x)
+
+with level 1 the top. The bottom-up pass reads x once; the top-down pass is shared by both and, at each
+level, either draws from the posterior, which adds what the bottom-up pass saw at that resolution, or from the
+prior (Sønderby et al. 2016; Kingma et al. 2016; Child 2021). Gated pre-activation residual blocks, learned
+conditional priors, and no batch normalisation: no image depends on the others of its batch.
+
+Legend: B images, K draws an image, N = K*B rows, L levels, C channels, H W pixels, D latent dimensions of all
+levels, F features, S stages (finest first).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vae import gaussian
+from vae.config import LadderConfig
+from vae.likelihood import Head, Likelihood
+from vae.model import Inference, Model, repeat_draws
+from vae.pixels import unit
+
+Size = tuple[int, int]
+Moments = tuple[Tensor, Tensor]  # mean and log-variance, (N, latents, H, W) each
+
+
+class GatedResidual(nn.Module):
+    """x + a σ(b), with (a, b) two convolutions of x after their nonlinearity.
+
+    The last convolution starts small, so that a deep stack starts near the identity.
+    """
+
+    def __init__(self, channels: int, kernel: int):
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+        self.last = nn.Conv2d(channels, 2 * channels, kernel, padding=kernel // 2)
+        shrink(self.last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.glu(self.last(F.silu(self.first(F.silu(x)))), 1)
+
+
+def shrink(layer: nn.Conv2d, factor: float = 0.1) -> nn.Conv2d:
+    """The layer with its starting weights made small and its bias zero."""
+    with torch.no_grad():
+        layer.weight.mul_(factor)
+        if layer.bias is not None:
+            layer.bias.zero_()
+    return layer
+
+
+class Down(nn.Module):
+    """Patches of stride x stride pixels to features, padded at the lower right: sizes round up."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.patches = nn.Conv2d(inputs, outputs, stride, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        return self.patches(F.pad(x, (0, -width % self.stride, 0, -height % self.stride)))
+
+
+class Up(nn.Module):
+    """Features to patches of stride x stride pixels, cropped to the size that `Down` began with."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, size: Size):
+        super().__init__()
+        self.size = size
+        self.patches = nn.ConvTranspose2d(inputs, outputs, stride, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = self.size
+        return self.patches(x)[..., :height, :width]
+
+
+class Level(nn.Module):
+    """One stochastic level of a stage: z_l given the features h that hold what is known of z_<l.
+
+    shape: (latents, H, W) of z_l.
+    """
+
+    def __init__(self, config: LadderConfig, stage: int, size: Size):
+        super().__init__()
+        channels, latents, kernel = config.hidden[stage], config.latents[stage], kernel_for(size)
+        self.stage = stage
+        self.shape = (latents, *size)
+        self.before = residuals(channels, kernel, config.blocks)
+        self.prior = shrink(nn.Conv2d(channels, 2 * latents, 1))
+        self.seen = nn.Conv2d(channels, channels, 1)
+        self.posterior_block = GatedResidual(channels, kernel)
+        self.posterior = shrink(nn.Conv2d(channels, 2 * latents, 1))
+        self.drawn = nn.Conv2d(latents, channels, 1)
+
+    def p(self, h: Tensor) -> Moments:
+        """Mean and log-variance of p(z_l|z_<l)."""
+        mean, logvar = self.prior(h).chunk(2, 1)
+        return mean, logvar
+
+    def q(self, h: Tensor, seen: Tensor, prior: Moments) -> Moments:
+        """Mean and log-variance of q(z_l|z_<l, x), as a change to the prior's (Vahdat and Kautz 2020)."""
+        mean, logvar = self.posterior(self.posterior_block(h + self.seen(seen))).chunk(2, 1)
+        return prior[0] + mean, prior[1] + logvar
+
+
+class BottomUp(nn.Module):
+    """x (B, C, H, W) in [-1, 1] -> the features of each stage, finest first."""
+
+    def __init__(self, config: LadderConfig, sizes: Sequence[Size]):
+        super().__init__()
+        channels = (config.channels, *config.hidden)
+        self.downs = nn.ModuleList(map(Down, channels[:-1], config.hidden, config.strides))
+        kernels = map(kernel_for, sizes)
+        self.blocks = nn.ModuleList(map(residuals, config.hidden, kernels, itertools.repeat(config.blocks)))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = []
+        for down, blocks in zip(self.downs, self.blocks, strict=True):
+            x = blocks(down(x))
+            features.append(x)
+        return features
+
+
+class TopDown(nn.Module):
+    """From a learned constant at the coarsest stage, through every level, to a map of the image's size."""
+
+    def __init__(self, config: LadderConfig, sizes: Sequence[Size], outputs: int):
+        super().__init__()
+        self.start = nn.Parameter(torch.zeros(1, config.hidden[-1], *sizes[-1]))
+        self.steps = nn.ModuleList()
+        wider = (outputs, *config.hidden)
+        larger = ((config.height, config.width), *sizes)
+        for stage in reversed(range(len(sizes))):
+            channels, stride = config.hidden[stage], config.strides[stage]
+            self.steps.extend(Level(config, stage, sizes[stage]) for _ in range(config.levels[stage]))
+            self.steps.extend(residuals(channels, kernel_for(sizes[stage]), config.blocks))
+            self.steps.append(Up(channels, wider[stage], stride, larger[stage]))
+
+    @property
+    def levels(self) -> Iterator[Level]:
+        """From the top."""
+        return (step for step in self.steps if isinstance(step, Level))
+
+    def forward(self, rows: int, choose: Callable[[Level, Tensor], Tensor]) -> Tensor:
+        """Go down with z_l = choose(level, h), each (rows, *level.shape): -> (rows, outputs, H, W)."""
+        h = self.start.expand(rows, -1, -1, -1)
+        for step in self.steps:
+            if isinstance(step, Level):
+                h = step.before(h)
+                h = h + step.drawn(choose(step, h))
+            else:
+                h = step(h)
+        return h
+
+
+class LadderVAE(Model):
+    """p(x, z) = p(x|z) ∏ p(z_l|z_<l), with the posterior ∏ q(z_l|z_<l, x) inferred from the top down.
+
+    >>> from vae.model import build
+    >>> vae = build(LadderConfig(height=28, width=28, channels=1))
+    >>> vae.levels
+    ((32, 1, 1), (4, 7, 7), (4, 7, 7))
+    >>> vae.infer(torch.zeros(2, 1, 28, 28, dtype=torch.uint8), noise=None).kl.shape
+    torch.Size([2, 3])
+    """
+
+    config: LadderConfig
+    kl_in_closed_form = False  # given the levels above it is; those are draws
+
+    def __init__(self, config: LadderConfig):
+        super().__init__(config)
+        sizes = stage_sizes(config)
+        self.likelihood = Head(config)
+        self.bottom_up = BottomUp(config, sizes)
+        self.top_down = TopDown(config, sizes, self.likelihood.channels)
+        self.levels = tuple(level.shape for level in self.top_down.levels)
+        self.to(memory_format=torch.channels_last)
+
+    def infer(self, x: Tensor, noise: Tensor | None) -> Inference:
+        features = self.bottom_up(2 * unit(x, self.dtype) - 1)
+        if noise is not None:
+            features = [repeat_draws(f, noise) for f in features]
+        draws = iter(self.split(noise)) if noise is not None else itertools.repeat(None)
+        found: list[tuple[Tensor, ...]] = []
+
+        def posterior(level: Level, h: Tensor) -> Tensor:
+            p = level.p(h)
+            q = level.q(h, features[level.stage], p)
+            noise = next(draws)
+            z = q[0] if noise is None else gaussian.sample(*q, noise)
+            found.append((*q, z, gaussian.log_prob(z, *p), gaussian.log_prob(z, *q), gaussian.kl(*q, *p)))
+            return z
+
+        output = self.top_down(len(features[0]), posterior)
+        mean, logvar, z, log_prior, log_posterior, kl = zip(*found, strict=True)
+        return Inference(
+            mean=join(mean),
+            logvar=join(logvar),
+            z=join(z),
+            log_prior=sums(log_prior),
+            log_posterior=sums(log_posterior),
+            kl=sums(kl),
+            kl_per_dim=join(kl),
+            likelihood=self.likelihood(output),
+        )
+
+    def decode(self, z: Tensor) -> Likelihood:
+        levels = iter(self.split(z.to(self.dtype)))
+        return self.likelihood(self.top_down(len(z), lambda level, h: next(levels)))
+
+    def prior_sample(self, noise: Tensor, temperature: float | Sequence[float] = 1.0) -> Tensor:
+        draws = zip(self.split(noise), self.temperatures(temperature), strict=True)
+        found: list[Tensor] = []
+
+        def prior(level: Level, h: Tensor) -> Tensor:
+            noise, scale = next(draws)
+            found.append(gaussian.sample(*level.p(h), scale * noise))
+            return found[-1]
+
+        self.top_down(len(noise), prior)
+        return join(found)
+
+    def temperatures(self, temperature: float | Sequence[float]) -> Sequence[float]:
+        """One a level, from the top; a single number serves them all."""
+        if not isinstance(temperature, Sequence):
+            return [temperature] * len(self.levels)
+        if len(temperature) != len(self.levels):
+            raise ValueError(f"{len(temperature)} temperatures {temperature} for {len(self.levels)} levels")
+        return temperature
+
+    def split(self, z: Tensor) -> list[Tensor]:
+        """(N, D) -> one (N, *shape) a level, from the top."""
+        parts = z.split([math.prod(shape) for shape in self.levels], 1)
+        return [part.unflatten(1, shape) for part, shape in zip(parts, self.levels, strict=True)]
+
+
+def join(levels: Sequence[Tensor]) -> Tensor:
+    """One (N, *shape) a level -> (N, D)."""
+    return torch.cat([level.flatten(1) for level in levels], 1)
+
+
+def sums(levels: Sequence[Tensor]) -> Tensor:
+    """One (N, *shape) a level -> (N, L), each summed over its dimensions."""
+    return torch.stack([level.flatten(1).sum(1) for level in levels], 1)
+
+
+def residuals(channels: int, kernel: int, count: int) -> nn.Sequential:
+    """A row of gated residual blocks."""
+    return nn.Sequential(*(GatedResidual(channels, kernel) for _ in range(count)))
+
+
+def stage_sizes(config: LadderConfig) -> list[Size]:
+    """Height and width of each stage's features, finest first, rounded up.
+
+    >>> stage_sizes(LadderConfig(height=28, width=10, channels=1))
+    [(7, 3), (1, 1)]
+    """
+    size, sizes = (config.height, config.width), []
+    for stride in config.strides:
+        size = math.ceil(size[0] / stride), math.ceil(size[1] / stride)
+        sizes.append(size)
+    return sizes
+
+
+def kernel_for(size: Size) -> int:
+    """3, or 1 where a neighbour would only be padding."""
+    return 1 if size == (1, 1) else 3
+
+
+def informative(kl_per_dim: Sequence[float], threshold: float = 0.01) -> list[int]:
+    """The dimensions that carry information: those whose mean KL over images is above the threshold, in nats.
+
+    A ladder has thousands of dimensions of which most stay at their prior; a latent table needs the others.
+
+    >>> informative([0.7, 0.0, 0.02], threshold=0.01)
+    [0, 2]
+    """
+    return [index for index, kl in enumerate(kl_per_dim) if kl > threshold]
