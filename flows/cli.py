@@ -1,0 +1,170 @@
+"""`vae-flows`: one command per flow, its options made from the flow's configuration.
+
+Standard output carries the result and nothing else; everything on the way goes to standard error.
+Exit codes: 0 done, 1 failed on the way, 2 refused before any work, 130 and 143 interrupted (resumable).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+    from flows.config import Command, Setting
+
+# Command -> (its configuration in flows.config, its one line of help). The flow is flows.<command>.<command>.
+COMMANDS = {
+    "retrain": ("Retrain", "images in; a registered champion, a latent table and samples out"),
+    "ingest": ("Ingest", "decode a source into an immutable snapshot"),
+    "train": ("Train", "train a model; stopped, the same command resumes"),
+    "evaluate": ("Evaluate", "score a model on held-out images"),
+    "encode": ("Encode", "images -> a Parquet table of latents"),
+    "sample": ("Sample", "the prior -> a Parquet table of images"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a mistake, with the nearest valid option."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code."""
+    try:
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+    except ValueError as error:
+        print(f"vae-flows: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: list[str]) -> int:
+    command = next((a for a in arguments if a in COMMANDS), None)
+    parser = _parser(command)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise ValueError(_unknown(unknown[0], options.command))
+    config = _configuration(options)
+    from flows import commands
+
+    if options.dry_run:
+        return commands.dry_run(options.command, config, as_json=options.json)
+    return commands.run(options.command, config, as_json=options.json)
+
+
+def _parser(chosen: str | None) -> Parser:
+    parser = Parser(prog="vae-flows", description="Images in; a trained, registered VAE, latents and samples out.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command, (_, line) in COMMANDS.items():
+        sub = subparsers.add_parser(
+            command, help=line, description=line, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
+        )
+        if command == chosen:  # only the chosen one needs its options, and so the configuration's import
+            _add_options(sub, command)
+    return parser
+
+
+def _add_options(parser: Parser, command: str) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML settings; the command line goes over them")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.add_argument("--dry-run", action="store_true", help="print the complete configuration and do nothing")
+    groups: dict[str, Any] = {"": parser}
+    for setting in _settings(command):
+        if setting.section not in groups:
+            groups[setting.section] = parser.add_argument_group(setting.section, _explain(setting.section))
+        groups[setting.section].add_argument(_flag(setting.name), **_kind(setting))
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _kind(setting: Setting) -> dict[str, Any]:
+    """How argparse reads a setting. Values stay text: pydantic converts and checks them, as it does TOML's."""
+    common = {"dest": f"{setting.section}.{setting.name}", "default": argparse.SUPPRESS, "help": _help(setting)}
+    if setting.annotation is bool:
+        return common | {"action": argparse.BooleanOptionalAction}
+    if "tuple" in str(setting.annotation):
+        return common | {"type": lambda text: tuple(filter(None, text.split(","))), "metavar": "N,N,..."}
+    choices = "|".join(map(str, get_args(setting.annotation))) if get_origin(setting.annotation) is Literal else ""
+    return common | {"metavar": choices or setting.name.rsplit("_", 1)[-1].upper()}
+
+
+def _help(setting: Setting) -> str:
+    shown = f"default: {setting.default}" if isinstance(setting.default, str | int | float) else ""
+    shown = shown if setting.default != "" else ""
+    return f"{setting.help} ({shown})" if setting.help and shown else setting.help or shown
+
+
+def _explain(section: str) -> str:
+    """A section's fields are explained by the docstring of the record that holds them."""
+    from flows.config import SECTIONS
+
+    return "\n\n".join(inspect.cleandoc(record.__doc__ or "").split("\n>>>")[0] for record in SECTIONS[section])
+
+
+def _settings(command: str) -> list[Setting]:
+    from flows import config
+
+    return config.settings(getattr(config, COMMANDS[command][0]))
+
+
+def _unknown(option: str, command: str) -> str:
+    """The message for an option that no setting has, with the nearest that one has."""
+    if not option.startswith("-"):
+        return f"unexpected argument {option!r} of {command}"
+    option = option.split("=")[0]
+    flags = [_flag(setting.name) for setting in _settings(command)] + ["--config", "--json", "--dry-run"]
+    nearest = difflib.get_close_matches(option, flags, n=1, cutoff=0.0)[0]
+    return f"unknown option {option!r} of {command}: did you mean {nearest!r}?"
+
+
+def _configuration(options: argparse.Namespace) -> Command:
+    """TOML, and over it the command line, checked as one configuration."""
+    from pydantic import ValidationError
+
+    from flows import config
+
+    values = _read_toml(options.config) if options.config else {}
+    for dotted, value in vars(options).items():
+        section, _, name = dotted.rpartition(".")
+        if section:
+            values.setdefault(section, {})[name] = value
+        elif dotted.startswith("."):
+            values[name] = value
+    try:
+        return getattr(config, COMMANDS[options.command][0])(**values)
+    except ValidationError as error:
+        raise ValueError(_first(error)) from error
+
+
+def _first(error: ValidationError) -> str:
+    """The first of pydantic's errors as one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return message if first["type"] == "value_error" else f"{where}={first['input']!r}: {message}"
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {str(path)!r} can't be read as TOML: {error}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

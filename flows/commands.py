@@ -1,0 +1,124 @@
+"""Run a command: check, prepare the environment, run its flow, print its result."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import Any
+
+from flows.config import Command, Images, Ingest, Train, WithModel
+from flows.environment import make_root, prepare
+
+INTERRUPTED, TERMINATED = 130, 143  # a shell's exit codes for SIGINT and SIGTERM
+
+
+def run(command: str, config: Command, *, as_json: bool) -> int:
+    """Run the command's flow and print its result; the exit code. ValueErrors before any work are raised."""
+    prepare(config.root)
+    check(config)
+    make_root(config.root)
+    _log_to_stderr()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        result = _call_flow(command, config)
+    except KeyboardInterrupt:
+        return _say(f"{command} interrupted: the same command goes on from here", INTERRUPTED)
+    except SystemExit:
+        return _say(f"{command} terminated: the same command goes on from here", TERMINATED)
+    except Exception as error:
+        if not isinstance(error, ValueError):  # an error of ours or of the machine: whoever looks into it wants all
+            traceback.print_exc()
+        return _say(f"{command} failed: {' '.join(str(error).split()) or type(error).__name__}", 1)
+    print(json.dumps(result.model_dump(mode="json"), indent=2) if as_json else result.summary())
+    return 0
+
+
+def dry_run(command: str, config: Command, *, as_json: bool) -> int:
+    """Print the complete configuration, and for an encode what it would do."""
+    prepare(config.root)
+    check(config)
+    values = config.model_dump(mode="json")
+    if command == "encode":
+        from flows.encode import estimate
+
+        values["estimate"] = estimate(config)
+    print(json.dumps(values, indent=2) if as_json else to_toml(values))
+    return 0
+
+
+def check(config: Command) -> None:
+    """Refuse what can be known to fail before anything is written: the source, the geometry, the model."""
+    from data.sources import open_source
+
+    if isinstance(config, Images):
+        source = open_source(config.source)
+        if isinstance(config, Ingest):
+            channels, height, width = config.decode.resolved(source.native).geometry
+            if isinstance(config, Train):
+                config.model_of(height, width, channels)
+    if isinstance(config, WithModel):
+        _check_model(config)
+    _check_root(config)
+
+
+def _check_model(config: WithModel) -> None:
+    local = os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")
+    registry = os.environ.get("MLFLOW_REGISTRY_URI") or not local.startswith("/") or os.path.exists(local)
+    if config.model.startswith("models:/") and not registry:  # looking would create an empty database
+        raise ValueError(f"no model {config.model!r}: there is no registry under root {str(config.root)!r} yet")
+    from flows.registry import locate
+
+    locate(config.model)
+
+
+def _check_root(config: Command) -> None:
+    root = config.root.resolve()
+    nearest = next(folder for folder in (root, *root.parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.R_OK | os.W_OK | os.X_OK):
+        raise ValueError(f"root {str(config.root)!r} can't be read and written: give another --root")
+
+
+def to_toml(values: dict[str, Any]) -> str:
+    """A configuration as TOML that --config reads back; what is not set stands as a comment."""
+    import tomli_w
+
+    unset = [f"# {name}: not set" for name, value in values.items() if value is None]
+    return "\n".join([*unset, tomli_w.dumps(_without_none(values)).rstrip()])
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in values.items() if value is not None}
+    return {name: _without_none(value) if isinstance(value, dict) else value for name, value in kept.items()}
+
+
+def _call_flow(command: str, config: Command) -> Any:
+    from flows.local_server import prefect_api
+
+    with prefect_api():
+        flow = getattr(importlib.import_module(f"flows.{command}"), command)
+        return flow(config)
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for name in ("vae_flows", "vae"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    sys.exit(TERMINATED)
+
+
+def _say(message: str, code: int) -> int:
+    print(f"vae-flows: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,259 @@
+"""Every flow's configuration: one frozen, typed record, the same on the command line, in TOML and in Prefect.
+
+The settings of models and of training are those of `vae.config`, those of decoding are `data.images.DecodePath`:
+they are taken over here, never written a second time. A model's geometry is not a setting: the images have it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+
+import vae.config
+from data.images import DecodePath
+from flows.presets import PRESETS
+
+GEOMETRY = ("height", "width", "channels")
+
+
+def default_root() -> Path:
+    """VAE_FLOWS_ROOT, else ./workspace."""
+    return Path(os.environ.get("VAE_FLOWS_ROOT") or "workspace")
+
+
+def refuse_unknown(values: Mapping[str, Any], valid: list[str], where: str) -> None:
+    """Refuse a misspelt field, naming the nearest.
+
+    >>> refuse_unknown({"epoch": 3}, ["epochs", "seed"], "training")
+    Traceback (most recent call last):
+    ValueError: unknown field 'epoch' in training: did you mean 'epochs'?
+    """
+    for name in values:
+        if name not in valid:
+            close = difflib.get_close_matches(name, valid, n=1, cutoff=0.0)
+            raise ValueError(f"unknown field {name!r} in {where}" + "".join(f": did you mean {c!r}?" for c in close))
+
+
+class Config(BaseModel):
+    """Frozen, complete; unknown fields are refused, in nested records too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_names(cls, values: Any) -> Any:
+        if isinstance(values, Mapping):
+            refuse_unknown(values, list(cls.model_fields), cls.__name__)
+            for name, value in values.items():
+                record = cls.model_fields[name].annotation
+                if dataclasses.is_dataclass(record) and isinstance(value, Mapping):
+                    refuse_unknown(value, [field.name for field in dataclasses.fields(record)], name)
+        return values
+
+
+def _model_settings(tag: str) -> type[Config]:
+    """What a model family of `vae.config` lets a user choose: its fields less the geometry."""
+    config = vae.config.config_class(tag)
+    hints = get_type_hints(config)
+    fields: dict[str, Any] = {
+        field.name: (hints[field.name], field.default)
+        for field in dataclasses.fields(config)
+        if field.name not in GEOMETRY
+    }
+    return create_model(config.__name__, __base__=Config, __doc__=config.__doc__, model=(Literal[tag], tag), **fields)
+
+
+MODEL_SETTINGS = {tag: _model_settings(tag) for tag in vae.config.MODELS}
+ModelSettings = Annotated[Union[tuple(MODEL_SETTINGS.values())], Field(discriminator="model")]  # noqa: UP007
+
+
+C = TypeVar("C", bound="Command")
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Command(Config):
+    """What every command takes."""
+
+    root: Path = Field(default_factory=default_root, description="folder of all state: tables, models, MLflow")
+
+
+class Images(Command):
+    """What every command that reads images takes."""
+
+    source: str = Field("digits", description="digits, idx:DIR, folder:DIR, torchvision:NAME or snapshot:DIR")
+    limit: int | None = Field(None, ge=1, description="read only the first N images")
+    max_reject_share: float = Field(0.01, ge=0, le=1, description="share of unreadable images that fails the run")
+
+
+class Ingest(Images):
+    """Decode a source into an immutable snapshot."""
+
+    duplicates: Literal["keep", "drop", "fail"] = Field("keep", description="what to do with equal images")
+    decode: DecodePath = DecodePath()
+
+
+class Train(Ingest):
+    """Train a model on a source's training split; resumes from the last checkpoint."""
+
+    preset: str = Field("textbook", description=f"settings to start from: {', '.join(PRESETS)}")
+    model_name: str = Field("", description="name in the MLflow registry; by default vae-<source>")
+    device: Device = Field("auto", description="auto: the GPU when there is one")
+    model: ModelSettings  # type: ignore[valid-type]
+    training: vae.config.TrainConfig = vae.config.TrainConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        name = values.get("preset", "textbook")
+        vae.config.check_choice("preset", name, PRESETS)
+        return _over_preset(PRESETS[name](), values)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        # A nonsensical model is refused now, on some geometry, not after the images have been read.
+        self.model_of(64, 64, 1)
+        if not self.model_name:
+            object.__setattr__(self, "model_name", f"vae-{source_name(self.source)}")
+        return self
+
+    def model_of(self, height: int, width: int, channels: int) -> vae.config.ModelConfig:
+        """The model's complete configuration for images of this geometry."""
+        geometry = {"height": height, "width": width, "channels": channels}
+        return vae.config.model_config({**self.model.model_dump(), **geometry})  # type: ignore[attr-defined]
+
+
+class Scoring(Command):
+    """How a model is scored."""
+
+    importance_samples: int = Field(50, ge=1, description="draws an image for the importance-weighted bound")
+
+
+class Drawing(Command):
+    """How images are sampled from the prior."""
+
+    count: int = Field(64, ge=1, description="images to sample")
+    temperature: float = Field(1.0, ge=0, description="scale of the prior's standard deviation")
+
+
+class Output(Command):
+    """Where tables go."""
+
+    out: str = Field("", description="URI of a folder for tables; by default under the root")
+
+
+class Retrain(Train, Scoring, Drawing, Output):
+    """Ingest, train, evaluate, register, gate, then encode and sample with the champion."""
+
+
+class WithModel(Command):
+    """What every command that uses a trained model takes."""
+
+    model: str = Field("", description="models:/NAME@champion, models:/NAME/VERSION or a bundle's folder")
+    device: Device = Field("auto", description="auto: the GPU when there is one")
+    seed: int = Field(0, ge=0, description="of the noise")
+
+    @model_validator(mode="after")
+    def _has_model(self) -> Self:
+        if not self.model:
+            raise ValueError("no model given: --model models:/NAME@champion or a bundle's folder")
+        return self
+
+
+class Evaluate(Scoring, Images, WithModel):
+    """Score a model on a split of a source."""
+
+    split: Literal["train", "validation", "test"] = Field("test", description="images to score")
+
+
+class Encode(Output, Images, WithModel):
+    """Encode every image of a source into a latent table."""
+
+    scores: bool = Field(False, description="also store log_likelihood and elbo of each image")
+
+
+class Sample(Output, Drawing, WithModel):
+    """Sample images from the prior into a sample table."""
+
+
+def _over_preset(preset: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the user gave, over the preset; of another model family, the preset's model says nothing."""
+    merged = {**preset, **values}
+    for section in ("model", "training"):
+        given = values.get(section, {})
+        if isinstance(given, Mapping):
+            other = section == "model" and given.get("model", preset["model"]["model"]) != preset["model"]["model"]
+            merged[section] = {**({} if other else preset[section]), **given}
+    return merged
+
+
+def narrow(command: type[C], config: Command, **changes: Any) -> C:
+    """The part of a configuration that another command takes, with changes.
+
+    >>> narrow(Ingest, Train(source="idx:mnist")).source
+    'idx:mnist'
+    """
+    shared = {name: getattr(config, name) for name in type(config).model_fields if name in command.model_fields}
+    return command(**{**shared, **changes})
+
+
+def source_name(uri: str) -> str:
+    """A short name for what a source holds.
+
+    >>> source_name("idx:/usr/share/datasets/fashion-mnist"), source_name("digits")
+    ('fashion-mnist', 'digits')
+    """
+    tail = uri.split(":", 1)[-1].rstrip("/").rsplit("/", 1)[-1]
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in tail) or "images"
+
+
+# The nested records of a configuration: what may stand in a section, and whose docstring explains it.
+SECTIONS: dict[str, list[type]] = {
+    "decode": [DecodePath],
+    "training": [vae.config.TrainConfig],
+    "model": [vae.config.config_class(tag) for tag in vae.config.MODELS],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One leaf of a configuration, as the command line offers it."""
+
+    section: str
+    name: str
+    annotation: Any
+    default: Any
+    help: str = ""
+
+
+def settings(command: type[Command]) -> list[Setting]:
+    """Every leaf of a configuration, those of its sections too.
+
+    >>> [s.name for s in settings(Sample)]
+    ['out', 'count', 'temperature', 'model', 'device', 'seed', 'root']
+    """
+    leaves = []
+    for name, field in command.model_fields.items():
+        if issubclass(command, Train) and name in SECTIONS or name == "decode":
+            leaves += _section(name)
+        else:
+            leaves.append(Setting("", name, field.annotation, field.default, field.description or ""))
+    return leaves
+
+
+def _section(name: str) -> list[Setting]:
+    """The fields of a section's records; model families share names, so each name once."""
+    leaves = {"model": Setting(name, "model", str, "")} if name == "model" else {}
+    for record in SECTIONS[name]:
+        hints = get_type_hints(record)
+        for field in dataclasses.fields(record):
+            if name != "model" or field.name not in GEOMETRY:
+                leaves.setdefault(field.name, Setting(name, field.name, hints[field.name], field.default))
+    return list(leaves.values())

@@ -1,0 +1,24 @@
+"""Named starting points. Each function returns what differs from the defaults of `vae.config`, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def textbook() -> dict[str, Any]:
+    """The convolutional VAE of the textbook: convolution and pooling, two branches, a mirrored decoder."""
+    return {"model": {"model": "flat", "network": "conv", "latent_dim": 32}, "training": {"epochs": 20}}
+
+
+def mlp() -> dict[str, Any]:
+    """The VAE of Kingma & Welling (2014): one hidden layer each way; the fastest to train."""
+    return {"model": {"model": "flat", "network": "mlp", "latent_dim": 20}, "training": {"epochs": 50}}
+
+
+def autoencoder() -> dict[str, Any]:
+    """The deterministic autoencoder: reconstruction and compression, no sampling."""
+    return {"model": {"model": "autoencoder", "latent_dim": 32}, "training": {"epochs": 20}}
+
+
+PRESETS: dict[str, Callable[[], dict[str, Any]]] = {f.__name__: f for f in (textbook, mlp, autoencoder)}

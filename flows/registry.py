@@ -1,0 +1,230 @@
+"""Models in the MLflow registry: publish once a job, pin an alias, promote with a history, pull the bundle.
+
+MLflow keeps no history of an alias, so ours is a numbered, put-if-absent record in the store; MLflow's alias is
+its projection, written after it. An alias that somebody moved by hand is appended as 'external'.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data.store import Store, open_store, seal, unseal
+from flows.jobs import lock
+from flows.tracking import Run, client
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+logger = logging.getLogger("vae_flows.registry")
+JOB_TAG = "vae_flows.job"
+CHAMPION, CHALLENGER = "champion", "challenger"
+BUNDLE = "artifacts/bundle"  # where MLflow keeps it inside the logged model
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model pinned: its URI, the folder of its bundle on this machine, and its place in the registry."""
+
+    uri: str
+    folder: Path
+    name: str = ""
+    version: str = ""
+
+
+def pin(uri: str) -> str:
+    """An alias's or the latest version's URI as the version it names now; any other URI unchanged.
+
+    >>> pin("models:/digits/3")
+    'models:/digits/3'
+    """
+    if not uri.startswith("models:/"):
+        return uri
+    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
+    if match is None:
+        raise ValueError(f"model {uri!r} is not models:/NAME@ALIAS or models:/NAME/VERSION")
+    name, alias, version = match.groups()
+    return f"models:/{name}/{version or _version_of(name, alias)}"
+
+
+def locate(uri: str) -> Located:
+    """Pin a model and bring its bundle to this machine; ValueError where there is none."""
+    pinned = pin(uri)
+    if not pinned.startswith("models:/"):
+        folder = Path(uri.removeprefix("file://"))
+        if not (folder / "manifest.json").is_file():
+            raise ValueError(f"no model bundle in {uri!r}: give its folder, or models:/NAME@champion")
+        return Located(str(folder.resolve()), folder)
+    name, version = pinned.removeprefix("models:/").split("/")
+    return Located(pinned, _download(pinned), name, version)
+
+
+def _version_of(name: str, alias: str) -> str:
+    import mlflow
+
+    try:
+        return str(client().get_model_version_by_alias(name, alias).version)
+    except mlflow.MlflowException as error:
+        raise ValueError(f"no model 'models:/{name}@{alias}' in the registry: {error.message}") from error
+
+
+def _download(pinned: str) -> Path:
+    import mlflow
+
+    try:
+        return Path(mlflow.artifacts.download_artifacts(f"{pinned}/{BUNDLE}"))
+    except (mlflow.MlflowException, OSError) as error:
+        raise ValueError(f"no model bundle at {pinned!r}: {error}") from error
+
+
+def find(name: str, job: str) -> ModelVersion | None:
+    """The version that this job registered, if it did."""
+    found = client().search_model_versions(f"name = '{name}' and tags.`{JOB_TAG}` = '{job}'")
+    return min(found, key=lambda version: int(version.version), default=None)
+
+
+def register(run: Run, root: Path, name: str, job: str, bundle: Path, tags: Mapping[str, str]) -> ModelVersion:
+    """The version of this job: found, or logged to the run and created, once whoever else tries."""
+    with lock(root, f"register-{name}"):
+        if (found := find(name, job)) is not None:
+            return found
+        source = _log_model(run, bundle)
+        _ensure_model(name)
+        version = client().create_model_version(name, source, run.id, tags={JOB_TAG: job, **tags})
+        client().set_registered_model_alias(name, CHALLENGER, version.version)
+    logger.info("register: %s version %s", name, version.version)
+    return version
+
+
+def _ensure_model(name: str) -> None:
+    import mlflow
+
+    try:
+        client().create_registered_model(name)
+    except mlflow.MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _log_model(run: Run, bundle: Path) -> str:
+    """Log the bundle as a pyfunc made of code that MLflow copies; its URI."""
+    import mlflow
+
+    import vae
+
+    here = Path(__file__).parent
+    signature, example = _signature(bundle)
+    with mlflow.start_run(run_id=run.id):
+        logged = mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(here / "pyfunc_model.py"),
+            artifacts={"bundle": str(bundle)},
+            code_paths=[str(Path(vae.__path__[0]))],
+            pip_requirements=_requirements(),
+            signature=signature,
+            input_example=example,
+        )
+    return str(logged.model_uri)
+
+
+def _signature(bundle: Path) -> tuple[Any, Any]:
+    """Images uint8 (-1, C, H, W) in, posterior means float32 (-1, D) out; an example of two images."""
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    import vae
+
+    model = vae.load(bundle)
+    shape = model.config.image_shape
+    inputs = Schema([TensorSpec(np.dtype("uint8"), (-1, *shape), "images")])
+    outputs = Schema([TensorSpec(np.dtype("float32"), (-1, model.latent_dim))])
+    return ModelSignature(inputs, outputs), np.zeros((2, *shape), np.uint8)
+
+
+def _requirements() -> list[str]:
+    """What a consumer needs to run the model: the versions that made it, and nothing of this repository."""
+    from importlib.metadata import version
+
+    return [f"{name}=={version(name).split('+')[0]}" for name in ("mlflow", "numpy", "safetensors", "torch")]
+
+
+# --- the alias and its history ---------------------------------------------------------------------------
+
+
+def history(root: Path, name: str) -> list[dict[str, Any]]:
+    """Every move of the champion alias, oldest first."""
+    store = _history_store(root, name)
+    return [unseal(store.get(entry.path), store.uri(entry.path)) for entry in sorted(store.list())]
+
+
+def champion(name: str) -> str | None:
+    """The version that carries the alias now, or None."""
+    import mlflow
+
+    try:
+        return client().get_registered_model(name).aliases.get(CHAMPION)
+    except mlflow.MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+def promote(root: Path, name: str, version: str, reason: str) -> bool:
+    """Append the move to the history, then move the alias; False if another process appended first."""
+    reconcile(root, name)
+    moves = history(root, name)
+    if moves and moves[-1]["version"] == version:
+        return True
+    if not _append(root, name, len(moves) + 1, version, reason):
+        return False
+    client().set_registered_model_alias(name, CHAMPION, version)
+    logger.info("gate: %s version %s is champion: %s", name, version, reason)
+    return True
+
+
+def reconcile(root: Path, name: str) -> None:
+    """Finish a move that was killed between history and alias; record one that was made by hand."""
+    moves, current = history(root, name), champion(name)
+    if moves and moves[-1]["version"] == current or not moves and current is None:
+        return
+    before = moves[-2]["version"] if len(moves) > 1 else None
+    if moves and current == before:
+        client().set_registered_model_alias(name, CHAMPION, moves[-1]["version"])
+    elif current is not None:
+        _append(root, name, len(moves) + 1, current, "external")
+
+
+def _append(root: Path, name: str, number: int, version: str, reason: str) -> bool:
+    body = {"version": version, "reason": reason, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    return _history_store(root, name).put_if_absent(f"{number:06d}.json", seal(body))
+
+
+def _history_store(root: Path, name: str) -> Store:
+    return open_store(root.resolve() / "registry" / name / "history")
+
+
+# --- pull ------------------------------------------------------------------------------------------------
+
+
+def pull(uri: str, directory: Path) -> Located:
+    """Copy a model's bundle to a new folder, its digests checked, nothing of it executed."""
+    from vae.bundle import verify
+
+    if directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"folder {str(directory)!r} is not empty: give a new one")
+    found = locate(uri)
+    files = verify({path.name: path.read_bytes() for path in found.folder.iterdir() if path.is_file()})
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, content in files.items():
+        (partial / name).write_bytes(content)
+    partial.replace(directory)
+    return Located(found.uri, directory, found.name, found.version)

@@ -1,0 +1,168 @@
+"""One MLflow run for each command, begun when there is something to log, found again after a kill.
+
+Flows log through a `Run`, never through MLflow's fluent API: nothing here depends on what is 'active' in a
+thread. A flow called by another joins its run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.config import Command
+from flows.jobs import digest
+
+if TYPE_CHECKING:
+    import mlflow
+
+logger = logging.getLogger("vae_flows.tracking")
+JOB_TAG = "vae_flows.job"
+FLUSH_SECONDS = 2.0  # a batch of metrics costs 0.1 s, a single one 0.02 s
+_active: ContextVar[Run | None] = ContextVar("run", default=None)
+
+
+@contextmanager
+def tracked(config: Command) -> Iterator[Run]:
+    """The run of this command: the caller's, if there is one; closed with the outcome of the block."""
+    if (outer := _active.get()) is not None:
+        yield outer
+        return
+    run = Run(config)
+    token = _active.set(run)
+    try:
+        yield run
+    except Exception:
+        run.close("FAILED")
+        raise
+    except BaseException:  # Ctrl-C, SIGTERM: the same command goes on under the same run
+        run.close("KILLED")
+        raise
+    else:
+        run.close("FINISHED")
+    finally:
+        _active.reset(token)
+
+
+class Run:
+    """An MLflow run that is created, or reopened, on first use."""
+
+    def __init__(self, config: Command):
+        self._config = config
+        self._id: str | None = None
+        self._pending: list[mlflow.entities.Metric] = []
+        self._logged: dict[str, int] = {}
+        self._flushed = time.monotonic()
+
+    @property
+    def started(self) -> bool:
+        return self._id is not None
+
+    @property
+    def id(self) -> str:
+        """The run's id; creates the run if nothing has been logged yet."""
+        if self._id is None:
+            self._id = _unfinished(self._config) or _create(self._config)
+            logger.info("mlflow: run %s", self._id)
+        return self._id
+
+    def log_dataset(self, name: str, digest: str, source: str, split: str) -> None:
+        """Name a data set, by its digest, as an input of the run."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(name, digest[:36], "vae-flows", json.dumps({"uri": source}))
+        client().log_inputs(self.id, [DatasetInput(dataset, [InputTag("mlflow.data.context", split)])])
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Buffer metrics of a step; those that an earlier attempt logged are not logged twice."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        new = {name: value for name, value in metrics.items() if step > self._last_step(name)}
+        self._pending += [Metric(name, float(value), now, step) for name, value in new.items()]
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is buffered."""
+        self._flushed = time.monotonic()
+        while self._pending:
+            client().log_batch(self.id, metrics=self._pending[:1000])
+            del self._pending[:1000]
+
+    def log_json(self, name: str, content: Any) -> None:
+        """A small JSON artifact."""
+        client().log_dict(self.id, content, name)
+
+    def log_file(self, path: Path, folder: str | None = None) -> None:
+        """A file as an artifact."""
+        client().log_artifact(self.id, str(path), folder)
+
+    def close(self, status: str) -> None:
+        """End the run, if it was ever begun."""
+        if self._id is not None:
+            self.flush()
+            client().set_terminated(self._id, status)
+
+    def _last_step(self, name: str) -> int:
+        if name not in self._logged:
+            self._logged[name] = max((m.step for m in client().get_metric_history(self.id, name)), default=-1)
+        return self._logged[name]
+
+
+def client() -> mlflow.MlflowClient:
+    """MLflow's client for the tracking server and registry of the environment."""
+    import mlflow
+
+    return mlflow.MlflowClient()
+
+
+def _unfinished(config: Command) -> str | None:
+    """The run of an earlier attempt at this command that was stopped on the way, reopened."""
+    status = "attributes.status IN ('RUNNING', 'KILLED')"
+    query = f"tags.`{JOB_TAG}` = '{_job(config)}' and {status}"
+    found = client().search_runs([_experiment(config.root)], query, max_results=1, order_by=["start_time ASC"])
+    if not found:
+        return None
+    client().update_run(found[0].info.run_id, status="RUNNING")
+    return str(found[0].info.run_id)
+
+
+def _create(config: Command) -> str:
+    from mlflow.entities import Param
+
+    command = type(config).__name__.lower()
+    run = client().create_run(_experiment(config.root), tags={JOB_TAG: _job(config)}, run_name=command)
+    params = [Param(name, str(value)) for name, value in _flat(config.model_dump(mode="json")).items()]
+    client().log_batch(run.info.run_id, params=params)
+    return str(run.info.run_id)
+
+
+def _job(config: Command) -> str:
+    return digest(type(config).__name__, config.model_dump(mode="json", exclude={"root"}))
+
+
+def _experiment(root: Path) -> str:
+    """The id of MLFLOW_EXPERIMENT_NAME, or of 'vae-flows', created if it is new."""
+    import os
+
+    import mlflow
+
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "vae-flows")
+    if (found := client().get_experiment_by_name(name)) is not None:
+        return str(found.experiment_id)
+    # A tracking server knows where its artifacts go; without one they belong under the root.
+    local = mlflow.get_tracking_uri().startswith("sqlite:")
+    return str(client().create_experiment(name, (root.resolve() / "mlartifacts").as_uri() if local else None))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

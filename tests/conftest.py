@@ -1,0 +1,45 @@
+"""What every test stands on: quiet libraries, one thread, state in a temporary folder."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flows.environment import make_root, prepare
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+SESSION_ROOT = Path(tempfile.mkdtemp(prefix="vae-flows-tests-"))
+prepare(SESSION_ROOT)  # before any test module imports prefect or mlflow
+
+
+def need(present: object, part: str) -> None:
+    """Skip with the reason where a part is absent; in CI, which installs it, fail."""
+    if not present:
+        message = f"{part} is not on this machine"
+        if os.environ.get("CI"):
+            pytest.fail(f"{message}, and CI should have installed it")
+        pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[str]:
+    """One local Prefect server for the session; its API's URL."""
+    from flows.local_server import local_server
+
+    make_root(SESSION_ROOT)
+    with local_server() as url:
+        os.environ["PREFECT_API_URL"] = url
+        yield url
+        del os.environ["PREFECT_API_URL"]
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist() -> Path:
+    """The folder of Debian's package dataset-fashion-mnist."""
+    folder = Path("/usr/share/datasets/fashion-mnist")
+    need(folder.is_dir(), "Debian's package dataset-fashion-mnist")
+    return folder
