@@ -23,6 +23,7 @@ from vae.config import ModelConfig
 WHITE = 255.0
 LOG_SIGMA_FLOOR = -6.0  # of a Gaussian on [0, 1]: two thirds of a grey level (Rybkin et al. 2021)
 LOG_SCALE_FLOOR = -7.0  # of a logistic on [-1, 1]: an eighth of a grey level (Salimans et al. 2017)
+LOG_SCALE_CEILING = 10.0  # flat over all grey values, and its width still a number
 
 
 def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -40,6 +41,12 @@ def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
 def sum_pixels(values: Tensor) -> Tensor:
     """(B, C, H, W) -> (B,)."""
     return values.flatten(1).sum(1)
+
+
+def open_unit(uniform: Tensor) -> Tensor:
+    """Uniform numbers without the 0, and the 1 that rounding makes, where an inverse CDF is infinite."""
+    tiny = torch.finfo(uniform.dtype).eps
+    return uniform.clamp(tiny, 1 - tiny)
 
 
 def softfloor(x: Tensor, floor: float) -> Tensor:
@@ -80,7 +87,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def sample(self, uniform: Tensor) -> Tensor:
-        """Images in the range of `log_prob`'s x, by the inverse CDF of `uniform` (B, C, H, W) in (0, 1)."""
+        """Images in the range of `log_prob`'s x, by the inverse CDF of `uniform` (B, C, H, W) in [0, 1)."""
 
 
 class Bernoulli(Likelihood):
@@ -123,7 +130,7 @@ class ContinuousBernoulli(Likelihood):
         return 0.5 + langevin(self.output[:, 0] / 2) / 2
 
     def sample(self, uniform: Tensor) -> Tensor:
-        logits, u = wide(self.output[:, 0], uniform)
+        logits, u = wide(self.output[:, 0], open_unit(uniform))
         down = -logits.abs()  # e^η never overflows; a rising density is the mirror of a falling one
         u = torch.where(logits > 0, 1 - u, u)
         flat = down > -1e-4
@@ -182,7 +189,7 @@ class Gaussian(Likelihood):
         return torch.sigmoid(self.output[:, 0])
 
     def sample(self, uniform: Tensor) -> Tensor:
-        return WHITE * (self.mean + self.log_sigma.exp() * torch.special.ndtri(uniform))
+        return WHITE * (self.mean + self.log_sigma.exp() * torch.special.ndtri(open_unit(uniform)))
 
 
 class OptimalGaussian(Gaussian):
@@ -243,7 +250,10 @@ def clipped_logistic_mean(mean: Tensor, log_scale: Tensor) -> Tensor:
     tensor([  0., 100., 255.])
     """
     scale = torch.exp(log_scale)
-    return scale * (F.softplus(mean / scale) - F.softplus((mean - WHITE) / scale))
+    low, high, span = mean / scale, (mean - WHITE) / scale, WHITE / scale
+    difference = F.softplus(low) - F.softplus(high)
+    cancelling = torch.log1p(torch.sigmoid(high) * torch.expm1(span.clamp(max=1.0)))  # the same, if span <= 1
+    return (scale * torch.where(span < 1, cancelling, difference)).clamp(0, WHITE)  # but for rounding, inside
 
 
 class DiscretizedLogistic(Likelihood):
@@ -298,28 +308,29 @@ class DiscretizedLogisticMixture(Likelihood):
     @property
     def mean(self) -> Tensor:
         means = clipped_logistic_mean(self.location, self.log_scale)
-        return (self.log_weights.exp() * means).sum(1) / WHITE
+        return ((self.log_weights.exp() * means).sum(1) / WHITE).clamp(max=1.0)  # weights round to 1
 
     def sample(self, uniform: Tensor) -> Tensor:
         """One uniform number serves twice: where it falls picks the component, how far in picks the value."""
         weights = self.log_weights.exp()
         ends = weights.cumsum(1)
-        pick = (uniform[:, None] > ends[:, :-1]).sum(1, keepdim=True)  # (B, 1, C, H, W)
+        pick = (uniform[:, None] >= ends[:, :-1]).sum(1, keepdim=True)  # (B, 1, C, H, W)
         start, weight, location, log_scale = (
             torch.gather(t, 1, pick)[:, 0] for t in (ends - weights, weights, self.location, self.log_scale)
         )
-        return grey_quantile((uniform - start) / weight, location, log_scale)
+        within = (uniform - start) / weight.clamp_min(torch.finfo(weight.dtype).tiny)
+        return grey_quantile(within, location, log_scale)
 
 
 def in_grey_values(location: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """A logistic's location and log-scale, from [-1, 1] to grey values, the scale given its floor."""
-    return WHITE / 2 * (1 + location), softfloor(log_scale, LOG_SCALE_FLOOR) + math.log(WHITE / 2)
+    """A logistic's location and log-scale, from [-1, 1] to grey values, the scale kept in its bounds."""
+    bounded = -softfloor(-softfloor(log_scale, LOG_SCALE_FLOOR), -LOG_SCALE_CEILING)
+    return WHITE / 2 * (1 + location), bounded + math.log(WHITE / 2)
 
 
 def grey_quantile(uniform: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """The grey value where a discretised logistic's CDF reaches `uniform`, all in the shape (B, C, H, W)."""
-    tiny = torch.finfo(uniform.dtype).eps
-    logistic = mean + log_scale.exp() * torch.logit(uniform, eps=tiny)
+    logistic = mean + log_scale.exp() * torch.logit(open_unit(uniform))
     return logistic.round().clamp(0, WHITE)
 
 
