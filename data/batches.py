@@ -81,7 +81,7 @@ def stream(
     ((100, 1, 8, 8), 'digits/000000000')
     """
     path.geometry  # noqa: B018  an open geometry is the caller's error, before any work
-    pieces = rebatch(source.list() if rows is None else rows, batch_size)
+    pieces = rebatch(source.listing() if rows is None else rows, batch_size)
     with ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="decode") as pool:
         pending: deque[list[Future[Batch]]] = deque()
         try:
@@ -99,7 +99,7 @@ def read_rows(source: Source, rows: pa.RecordBatch, path: DecodePath, limits: Li
     """Read and decode some rows of a source's listing, here and now."""
     payload = source.read(rows, limits)
     if isinstance(payload, np.ndarray) and payload.shape[1:] == _hwc(path):
-        return _ready(payload, rows)
+        return _ready(payload, rows, source.hashed)
     return _decoded(payload, rows, path, limits)
 
 
@@ -152,19 +152,15 @@ def _hwc(path: DecodePath) -> tuple[int, int, int]:
     return height, width, channels
 
 
-def _ready(pixels: np.ndarray, rows: pa.RecordBatch) -> Batch:
+def _ready(pixels: np.ndarray, rows: pa.RecordBatch, hashed: bool) -> Batch:
     """Pixels (B, H, W, C) that have the geometry already: no image is touched on its own."""
+    if hashed:
+        hashes = [bytes.fromhex(version) for version in rows["version"].to_pylist()]
+    else:
+        hashes = [pixel_hash(image) for image in pixels]
     height, width = pixels.shape[1:3]
     sizes = np.broadcast_to(np.array([width, height], np.int32), (len(pixels), 2))
-    return Batch(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), rows, _hashes(pixels, rows), sizes, [])
-
-
-def _hashes(pixels: np.ndarray, rows: pa.RecordBatch) -> list[bytes]:
-    """Array sources list a content hash as the version of each image: it is not computed again."""
-    return [
-        bytes.fromhex(version) if version is not None and len(version) == 32 else pixel_hash(image)
-        for version, image in zip(rows["version"].to_pylist(), pixels, strict=True)
-    ]
+    return Batch(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), rows, hashes, sizes, [])
 
 
 def _decoded(payload: Iterable[object], rows: pa.RecordBatch, path: DecodePath, limits: Limits) -> Batch:

@@ -43,7 +43,9 @@ EXTENSIONS = {
     **dict.fromkeys(("tif", "tiff"), "TIFF"),
     **dict.fromkeys(("pnm", "ppm", "pgm", "pbm"), "PPM"),
     **dict.fromkeys(("bmp", "dib"), "BMP"),
-    **{"png": "PNG", "webp": "WEBP", "gif": "GIF"},
+    "png": "PNG",
+    "webp": "WEBP",
+    "gif": "GIF",
 }
 SIGNATURES = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -218,9 +220,7 @@ def _format(data: bytes, name: str, limits: Limits) -> str:
         raise Rejected("too_many_bytes", f"{len(data)} bytes, over the cap of {limits.max_bytes}")
     kind = _sniff(data)
     if kind is None:
-        raise Rejected(
-            "not_an_image", f"begins with {data[:8]!r}, no JPEG, PNG, WebP, GIF, BMP, TIFF or PNM"
-        )
+        raise Rejected("not_an_image", f"begins with {data[:8]!r}, no JPEG, PNG, WebP, GIF, BMP, TIFF or PNM")
     promised = EXTENSIONS.get(name.rpartition(".")[2].lower(), kind)
     if promised != kind:
         raise Rejected("wrong_extension", f"holds {kind} data, its name says {promised}")

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import quote_from_bytes, unquote_to_bytes
+from urllib.parse import unquote_to_bytes
 
 import blake3
 import numpy as np
@@ -43,12 +43,16 @@ LISTED = 8192  # rows of a listing's batch
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {
     **{name: name for name in SPLITS},
-    **{"training": "train", "val": "validation", "valid": "validation", "dev": "validation"},
-    **{"t10k": "test", "testing": "test"},
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "dev": "validation",
+    "t10k": "test",
+    "testing": "test",
 }
 HELD_OUT = 0.1  # share of ids that each split the source lacks takes from its training ids
 
-Payload = Sequence[bytes | np.ndarray | Reject]
+Payload = Sequence[bytes | np.ndarray | Reject] | np.ndarray
 
 
 class Source(Protocol):
@@ -71,14 +75,18 @@ class Source(Protocol):
         """Which of train, validation and test the source itself has."""
 
     @property
+    def hashed(self) -> bool:
+        """Whether the versions it lists are content hashes, in hex."""
+
+    @property
     def columns(self) -> pa.Schema:
         """Columns passed through, beside those of LISTING."""
 
-    def list(self) -> Iterator[pa.RecordBatch]:
+    def listing(self) -> Iterator[pa.RecordBatch]:
         """All images, in order of id; a new pass over the source at each call."""
 
     def read(self, rows: pa.RecordBatch, limits: Limits = LIMITS) -> Payload:
-        """What the listed rows hold: bytes as stored, or uint8 pixels (N, H, W, C); rejects in their place."""
+        """What the rows hold: bytes as stored, or uint8 pixels (N, H, W, C); or a reject in its place."""
 
 
 def open_source(uri: str, *, downloads: str | os.PathLike[str] = "downloads") -> Source:
@@ -87,7 +95,7 @@ def open_source(uri: str, *, downloads: str | os.PathLike[str] = "downloads") ->
     `digits`, `idx:DIR`, `folder:DIR`, `torchvision:NAME` (fetched under `downloads`) and `snapshot:DIR`.
 
     >>> source = open_source("digits")
-    >>> source.native, sum(batch.num_rows for batch in source.list())
+    >>> source.native, sum(batch.num_rows for batch in source.listing())
     ((1, 8, 8), 1797)
     """
     kind, _, place = uri.partition(":")
@@ -154,15 +162,16 @@ class ArraySource:
     native: tuple[int, int, int]
     parts: dict[str, Part]
     columns: pa.Schema = field(default_factory=lambda: pa.schema([]))
+    hashed = True
 
     @property
     def splits(self) -> frozenset[str]:
         return frozenset(SPLIT_NAMES[part] for part in self.parts if part in SPLIT_NAMES)
 
-    def list(self) -> Iterator[pa.RecordBatch]:
+    def listing(self) -> Iterator[pa.RecordBatch]:
         for part in sorted(self.parts):
             for start in range(0, self.parts[part].count, LISTED):
-                yield self._list(part, start, min(start + LISTED, self.parts[part].count))
+                yield self._listing(part, start, min(start + LISTED, self.parts[part].count))
 
     def read(self, rows: pa.RecordBatch, limits: Limits = LIMITS) -> Payload:
         files = rows["file"].to_pylist()
@@ -170,10 +179,10 @@ class ArraySource:
         groups = [self.parts[part].pixels(positions[a:b]) for part, a, b in runs(files)]
         return groups[0] if len(groups) == 1 else np.concatenate(groups)
 
-    def _list(self, part: str, start: int, stop: int) -> pa.RecordBatch:
+    def _listing(self, part: str, start: int, stop: int) -> pa.RecordBatch:
         positions = np.arange(start, stop)
         labels = self.parts[part].labels
-        return listing(
+        return listed(
             id=[f"{part}/{i:09d}" for i in positions],
             split=[SPLIT_NAMES.get(part)] * len(positions),
             label=None if labels is None else [str(label) for label in labels[start:stop]],
@@ -206,6 +215,7 @@ class FolderSource:
     splits: frozenset[str]
     native: tuple[int, int, int] = (3, 64, 64)
     columns: pa.Schema = field(default_factory=lambda: pa.schema([]))
+    hashed = False
 
     @property
     def uri(self) -> str:
@@ -215,7 +225,7 @@ class FolderSource:
     def name(self) -> str:
         return self.root.name or "folder"
 
-    def list(self) -> Iterator[pa.RecordBatch]:
+    def listing(self) -> Iterator[pa.RecordBatch]:
         for ids in chunked(self._walk(b""), LISTED):
             stats = [self._stat(key) for key in ids]
             found = [(key, info) for key, info in zip(ids, stats, strict=True) if info is not None]
@@ -244,7 +254,7 @@ class FolderSource:
     def _rows(self, ids: list[str], stats: list[os.stat_result]) -> pa.RecordBatch:
         folders = [key.split("/")[:-1] for key in ids]
         depth = 1 if self.splits else 0
-        return listing(
+        return listed(
             id=ids,
             split=[SPLIT_NAMES[parts[0]] for parts in folders] if self.splits else None,
             label=[parts[depth] if len(parts) > depth else None for parts in folders],
@@ -296,12 +306,16 @@ class Limited:
         return self.source.splits
 
     @property
+    def hashed(self) -> bool:
+        return self.source.hashed
+
+    @property
     def columns(self) -> pa.Schema:
         return self.source.columns
 
-    def list(self) -> Iterator[pa.RecordBatch]:
+    def listing(self) -> Iterator[pa.RecordBatch]:
         bound = self._bound()
-        for rows in self.source.list():
+        for rows in self.source.listing():
             chosen = rows.filter(pa.array(_hashes(rows) <= bound))
             if chosen.num_rows:
                 yield chosen
@@ -311,7 +325,7 @@ class Limited:
 
     def _bound(self) -> np.uint64:
         smallest = np.empty(0, np.uint64)
-        for rows in self.source.list():
+        for rows in self.source.listing():
             smallest = np.sort(np.concatenate([smallest, _hashes(rows)]))[: self.count]
         return smallest[-1] if len(smallest) else np.uint64(0)
 
@@ -329,7 +343,7 @@ def limited(source: Source, count: int | None) -> Source:
     return Limited(source, count)
 
 
-def listing(**columns: Any) -> pa.RecordBatch:
+def listed(**columns: Any) -> pa.RecordBatch:
     """A record batch of LISTING from its columns; those not given are null."""
     length = len(columns["id"])
     arrays = [
@@ -429,7 +443,7 @@ def open_folder(place: str) -> Source:
     split = bool(tops) and all(entry.is_dir(follow_symlinks=False) for entry in tops)
     names = frozenset(SPLIT_NAMES.get(entry.name, "") for entry in tops)
     source = FolderSource(root, names if split and names <= set(SPLITS) else frozenset())
-    if next(source.list(), None) is None:
+    if next(source.listing(), None) is None:
         raise ValueError(f"no files in {root}: a folder source needs image files at any depth in it")
     return source
 
@@ -499,7 +513,9 @@ def _sorted_names(folder: bytes) -> Iterator[str]:
             for entry in entries
             if not entry.name.startswith(b".")
         )
-        table = pa.chunked_array([pa.array(chunk, pa.string()) for chunk in chunked(names, LISTED)], pa.string())
+        table = pa.chunked_array(
+            [pa.array(chunk, pa.string()) for chunk in chunked(names, LISTED)], pa.string()
+        )
     order = pc.sort_indices(table)
     for start in range(0, len(order), LISTED):
         yield from table.take(order.slice(start, LISTED)).to_pylist()
@@ -542,7 +558,9 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"cannot read {folder}: permission denied")
 
 
-_IDX_NAME = re.compile(r"(?P<set>.*?)-?(?P<part>train|t10k|test)-(?P<what>images|labels)[-.]idx[13]-ubyte(\.gz)?")
+_IDX_NAME = re.compile(
+    r"(?P<set>.*?)-?(?P<part>train|t10k|test)-(?P<what>images|labels)[-.]idx[13]-ubyte(\.gz)?"
+)
 
 
 def _idx_files(place: str) -> tuple[Path, dict[tuple[str, str], Path]]:
@@ -559,7 +577,9 @@ def _idx_files(place: str) -> tuple[Path, dict[tuple[str, str], Path]]:
             part = "test" if match["part"] == "t10k" else match["part"]
             sets.setdefault(match["set"], {})[part, match["what"]] = file
     if len(sets) > 1:
-        raise ValueError(f"several sets in {folder}: write idx:{folder}/ and one of {', '.join(sorted(sets))}")
+        raise ValueError(
+            f"several sets in {folder}: write idx:{folder}/ and one of {', '.join(sorted(sets))}"
+        )
     return folder, next(iter(sets.values()), {})
 
 

@@ -104,11 +104,11 @@ class Store:
         except _ABSENT:
             return None
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
         """Every committed object under the folder `prefix`; in order of path on S3 and GCS only.
 
         >>> store = open_store("memory://doc-list")
-        >>> store.put_if_absent("a/1", b"one") and [e.path for e in store.list("a")]
+        >>> store.put_if_absent("a/1", b"one") and [e.path for e in store.entries("a")]
         ['a/1']
         """
         return (entry for entry in self._list(prefix) if not _temporary(entry.path))

@@ -1,0 +1,430 @@
+"""Latent and sample tables: schemas, writers and readers, on the protocol of `data.commit`.
+
+Shapes: B batch, C channels, H W pixels, D latent dimensions, L levels of a ladder, N rows of a table.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import blake3
+import numpy as np
+import obstore
+import PIL
+import pyarrow as pa
+from PIL import Image
+
+from data.batches import Batch, stream
+from data.commit import (
+    Made,
+    Manifest,
+    Plan,
+    Progress,
+    Shard,
+    plan_table,
+    put_manifest,
+    read_file,
+    read_manifest,
+    run_shards,
+    work_shard,
+)
+from data.images import LIMITS, DecodePath, Limits
+from data.sources import LISTED, Limited, Source, assign_splits, listed
+from data.store import Store, open_store
+
+SCHEMA_VERSION = 1
+SHARD_ROWS = 65_536
+METADATA = b"vae-flows"  # key of the JSON in every file's schema metadata
+
+Encode = Callable[[np.ndarray, list[str]], dict[str, np.ndarray]]
+Sample = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class LatentColumns:
+    """Which numbers a model gives for an image: D = `dims` in `levels` (shapes, top level first).
+
+    `logvar` is off for the plain autoencoder, `kl` likewise; `kl_levels` and `scores` (log_likelihood
+    and elbo, in nats) on request. `dtype` of mu and logvar is float32 or float16.
+
+    >>> LatentColumns(2).fields()
+    [('mu', 2, 'float32'), ('logvar', 2, 'float32'), ('kl', None, 'float32')]
+    """
+
+    dims: int
+    levels: tuple[tuple[int, ...], ...] = ()
+    logvar: bool = True
+    kl: bool = True
+    kl_levels: bool = False
+    scores: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "float16"):
+            raise ValueError(f"dtype {self.dtype!r}: latents are stored as float32 or float16")
+        if self.levels and sum(math.prod(shape) for shape in self.levels) != self.dims:
+            raise ValueError(f"levels {self.levels} do not add up to {self.dims} dimensions")
+
+    def fields(self) -> list[tuple[str, int | None, str]]:
+        """(name, width or None for a scalar, dtype) of each column the model fills."""
+        columns: list[tuple[str, int | None, str]] = [("mu", self.dims, self.dtype)]
+        if self.logvar:
+            columns.append(("logvar", self.dims, self.dtype))
+        if self.kl:
+            columns.append(("kl", None, "float32"))
+        if self.kl_levels:
+            columns.append(("kl_levels", max(1, len(self.levels)), "float32"))
+        if self.scores:
+            columns += [("log_likelihood", None, "float32"), ("elbo", None, "float32")]
+        return columns
+
+
+@dataclass(frozen=True)
+class TableResult:
+    """What a job wrote: where, and how many. `changed` is False when nothing was left to do."""
+
+    uri: str
+    snapshot: int
+    rows: int
+    rejected: int
+    reasons: dict[str, int]
+    rejects_uri: str | None
+    files: int
+    bytes: int
+    shards: int
+    shards_done_before: int
+    changed: bool
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """One encode, planned: `plan` says which shards there are; any process may work on any of them."""
+
+    source: Source
+    decode: DecodePath
+    columns: LatentColumns
+    plan: Plan
+    metadata: dict[str, Any]
+    batch_size: int
+    limits: Limits
+
+    def make(self, rows: pa.Table, encode: Encode) -> Made:
+        """Read, decode and encode one shard's rows."""
+        pieces, rejects = [], []
+        batches = stream(
+            self.source, self.decode, self.batch_size, rows=rows.to_batches(), limits=self.limits
+        )
+        for batch in batches:
+            rejects += batch.rejects
+            if len(batch.images):
+                pieces.append(self._table(batch, encode(batch.images, batch.ids)))
+        return Made(pa.concat_tables(pieces) if pieces else self.schema.empty_table(), rejects)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of the latent table, with its metadata."""
+        fields = [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("source", pa.string(), nullable=False),
+            pa.field("content_hash", pa.binary(16), nullable=False),
+            pa.field("split", pa.string()),
+            pa.field("label", pa.string()),
+            pa.field("width", pa.int32(), nullable=False),
+            pa.field("height", pa.int32(), nullable=False),
+            *self.source.columns,
+            *(_float_field(*column) for column in self.columns.fields()),
+        ]
+        return pa.schema(fields, metadata={METADATA: json.dumps(self.metadata, sort_keys=True)})
+
+    def _table(self, batch: Batch, numbers: dict[str, np.ndarray]) -> pa.Table:
+        rows = batch.rows
+        ids, own = batch.ids, rows["split"].to_pylist()
+        known = {
+            "id": rows["id"],
+            "source": pa.array([self.source.uri] * len(ids), pa.string()),
+            "content_hash": pa.array(batch.hashes, pa.binary(16)),
+            "split": pa.array(assign_splits(ids, own, self.source.splits), pa.string()),
+            "label": rows["label"],
+            "width": pa.array(batch.sizes[:, 0], pa.int32()),
+            "height": pa.array(batch.sizes[:, 1], pa.int32()),
+            **{name: rows[name] for name in self.source.columns.names},
+        }
+        for name, width, dtype in self.columns.fields():
+            known[name] = _float_array(numbers, name, (len(ids), width), dtype)
+        return pa.table([known[name] for name in self.schema.names], schema=self.schema)
+
+
+def plan_encode(
+    store: Store,
+    source: Source,
+    decode: DecodePath,
+    columns: LatentColumns,
+    *,
+    name: str,
+    weights_sha256: str,
+    lineage: dict[str, Any] | None = None,
+    shard_rows: int = SHARD_ROWS,
+    batch_size: int = 256,
+    limits: Limits = LIMITS,
+) -> EncodeJob:
+    """Plan the encode of a source into a table under `store`; nothing is decoded.
+
+    The table is `<store>/<name>-<key>`; the key hashes the source, the weights, the decode path, the
+    columns and the limits. `lineage` (model URI and version, dataset fingerprint, …) goes into the metadata.
+    Called again it finds the table: unchanged, unfinished, or with images added, changed or gone.
+    """
+    decode = decode.resolved(source.native)
+    key = {
+        "kind": "latents",
+        "schema_version": SCHEMA_VERSION,
+        "source": source.uri,
+        "limit": source.count if isinstance(source, Limited) else None,
+        "weights_sha256": weights_sha256,
+        "decode_digest": decode.digest,
+        "columns": asdict(columns),
+        "limits": asdict(limits),
+        "shard_rows": shard_rows,
+    }
+    about = about_table(key, {"decode": decode.to_dict(), **(lineage or {})})
+    table = store.child(f"{name}-{about['key']}")
+    plan = plan_table(table, about, source.listing, shard_rows)
+    if not plan.rows:
+        raise ValueError(f"no images in {source.uri}")
+    return EncodeJob(source, decode, columns, plan, about, batch_size, limits)
+
+
+def encode_shard(job: EncodeJob, shard: Shard, encode: Encode) -> None:
+    """Work on one shard of a planned encode; in any process, any number of times."""
+    work_shard(job.plan, shard, lambda rows: job.make(rows, encode), job.source.uri)
+
+
+def finish_encode(job: EncodeJob, *, shards_done_before: int = 0, changed: bool = True) -> TableResult:
+    """Put the manifest, once all shards have their record."""
+    return table_result(put_manifest(job.plan), shards_done_before, changed)
+
+
+def encode_table(
+    job: EncodeJob,
+    encode: Encode,
+    *,
+    max_reject_share: float = 0.01,
+    progress: Callable[[Progress], None] | None = None,
+) -> TableResult:
+    """Encode what a planned job still lacks, commit it and return the table.
+
+    `encode(images, ids)` takes uint8 (B, C, H, W) and B ids, and returns float arrays by column: mu and
+    logvar (B, D), kl (B,) and so on, as the job's columns ask. Raises TooManyRejectsError over the share.
+    """
+    before = len(job.plan.done())
+    complete = job.plan.store.exists(job.plan.manifest)
+    run_shards(
+        job.plan,
+        lambda rows: job.make(rows, encode),
+        job.source.uri,
+        max_reject_share=max_reject_share,
+        progress=progress,
+    )
+    return finish_encode(job, shards_done_before=before, changed=not complete)
+
+
+def write_samples(
+    store: Store,
+    sample: Sample,
+    count: int,
+    *,
+    name: str,
+    key: dict[str, Any],
+    seed: int,
+    dims: int,
+    lineage: dict[str, Any] | None = None,
+    shard_rows: int = 4096,
+    batch_size: int = 256,
+    progress: Callable[[Progress], None] | None = None,
+) -> TableResult:
+    """Write images sampled from a model: `index`, `seed`, `z` and the PNG as Hugging Face's `image`.
+
+    `sample(indices)` returns z float32 (B, D) and images uint8 (B, C, H, W), a function of each index alone;
+    `key` holds what else decides them (weights, temperature). A larger `count` later appends to the table.
+    """
+    if count < 1:
+        raise ValueError(f"count {count}: give at least 1 sample")
+    about = about_table({"kind": "samples", "seed": seed, "dims": dims, **key}, lineage or {})
+    table = store.child(f"{name}-{about['key']}")
+    plan = plan_table(table, about, lambda: _indices(count), shard_rows)
+    before, complete = len(plan.done()), table.exists(plan.manifest)
+
+    def make(rows: pa.Table) -> Made:
+        places = rows["position"].to_numpy()
+        cuts = [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
+        return Made(pa.concat_tables([_sample_rows(cut, sample, seed, dims, about) for cut in cuts]), [])
+
+    run_shards(plan, make, f"seed:{seed}", max_reject_share=0.0, progress=progress)
+    return table_result(put_manifest(plan), before, not complete)
+
+
+def open_table(uri: str) -> Manifest:
+    """The current snapshot of a table; ValueError when there is none."""
+    manifest = read_manifest(open_store(uri).check())
+    if manifest is None:
+        raise ValueError(f"no complete table at {uri}: check the path, or run its job again to finish it")
+    return manifest
+
+
+def table_files(uri: str) -> list[str]:
+    """The full path or URL of every file of the table's current snapshot, for any Parquet reader."""
+    manifest = open_table(uri)
+    return [manifest.store.uri(file.path) for file in manifest.parts]
+
+
+def read_latents(uri: str, column: str = "mu") -> tuple[np.ndarray, np.ndarray]:
+    """`(ids, latents)` of a table: N strings and float (N, D), each file's sha256 checked.
+
+    `column` is mu, logvar or any other fixed-width column. ValueError for a damaged file.
+    """
+    manifest = open_table(uri)
+    ids: list[np.ndarray] = []
+    values: np.ndarray | None = None
+    start = 0
+    for file in manifest.parts:
+        table = read_file(manifest.store, file, ["id", column])
+        block = matrix(table[column])
+        if values is None:
+            values = np.empty((manifest.rows, *block.shape[1:]), block.dtype)
+        values[start : start + len(block)] = block
+        ids.append(table["id"].to_numpy())
+        start += len(block)
+    if values is None:
+        raise ValueError(f"the table at {uri} has no rows")
+    return np.concatenate(ids), values
+
+
+def verify(uri: str) -> Manifest:
+    """Check every file of the current snapshot against its sha256 and its row count; ValueError names one."""
+    manifest = open_table(uri)
+    for file in (*manifest.parts, *manifest.rejects):
+        rows = read_file(manifest.store, file, ["id"] if file in manifest.rejects else None).num_rows
+        if rows != file.rows:
+            raise ValueError(f"{manifest.store.uri(file.path)} has {rows} rows, its record says {file.rows}")
+    return manifest
+
+
+def matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """A fixed-width list column as one array (N, D); a scalar column as (N,)."""
+    if not pa.types.is_fixed_size_list(column.type):
+        return column.to_numpy()
+    flat = column.combine_chunks().flatten()
+    return flat.to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
+
+
+def about_table(key: dict[str, Any], lineage: dict[str, Any]) -> dict[str, Any]:
+    """A table's metadata: its key in full and hashed, lineage, and the versions of what wrote it."""
+    text = json.dumps(key, sort_keys=True)
+    versions = {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "pyarrow": pa.__version__,
+        "pillow": PIL.__version__,
+        "obstore": obstore.__version__,
+    }
+    digest = blake3.blake3(text.encode()).hexdigest(length=8)
+    return {"key": digest, "job": json.loads(text), "lineage": lineage, "versions": versions}
+
+
+def table_result(manifest: Manifest, shards_done_before: int, changed: bool) -> TableResult:
+    """The small record that a flow reports of a complete table."""
+    folder = PurePosixPath(manifest.rejects[-1].path).parent if manifest.rejects else None
+    return TableResult(
+        uri=manifest.store.url,
+        snapshot=manifest.number,
+        rows=manifest.rows,
+        rejected=manifest.rejected,
+        reasons=manifest.reasons,
+        rejects_uri=manifest.store.uri(str(folder)) if folder else None,
+        files=len(manifest.parts),
+        bytes=sum(file.bytes for file in manifest.parts),
+        shards=len(manifest.parts),
+        shards_done_before=shards_done_before,
+        changed=changed,
+    )
+
+
+def _float_field(name: str, width: int | None, dtype: str) -> pa.Field:
+    kind = pa.float16() if dtype == "float16" else pa.float32()
+    if width is None:
+        return pa.field(name, kind, nullable=False)
+    return pa.field(name, pa.list_(pa.field("element", kind, nullable=False), width), nullable=False)
+
+
+def _float_array(
+    numbers: dict[str, np.ndarray], name: str, shape: tuple[int, int | None], dtype: str
+) -> pa.Array:
+    values = np.asarray(numbers[name], np.dtype(dtype))
+    expected = tuple(size for size in shape if size is not None)
+    if values.shape != expected:
+        raise ValueError(f"the encoder gave {name} of shape {values.shape}, the table has {expected}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"the encoder gave a {name} that is not finite in {dtype}")
+    if shape[1] is None:
+        return pa.array(values)
+    kind = _float_field(name, shape[1], dtype).type
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=kind)
+
+
+def _indices(count: int) -> Iterator[pa.RecordBatch]:
+    for start in range(0, count, LISTED):
+        places = range(start, min(start + LISTED, count))
+        yield listed(id=[f"{place:012d}" for place in places], position=list(places))
+
+
+def _sample_rows(places: np.ndarray, sample: Sample, seed: int, dims: int, about: dict[str, Any]) -> pa.Table:
+    z, images = sample(places)
+    png = [
+        {"bytes": png_bytes(image), "path": f"{place:012d}.png"}
+        for place, image in zip(places, images, strict=True)
+    ]
+    columns = [
+        pa.array([f"{place:012d}" for place in places], pa.string()),
+        pa.array(places, pa.int64()),
+        pa.array([seed] * len(places), pa.int64()),
+        _float_array({"z": z}, "z", (len(places), dims), "float32"),
+        pa.array(png, _IMAGE),
+    ]
+    return pa.table(columns, schema=_sample_schema(dims, about))
+
+
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def _sample_schema(dims: int, about: dict[str, Any]) -> pa.Schema:
+    fields = [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        _float_field("z", dims, "float32"),
+        pa.field("image", _IMAGE),
+    ]
+    value = {name: {"dtype": kind, "_type": "Value"} for name, kind in _SAMPLE_VALUES.items()}
+    z = {"feature": {"dtype": "float32", "_type": "Value"}, "length": dims, "_type": "List"}
+    features = {**value, "z": z, "image": {"_type": "Image"}}
+    huggingface = json.dumps({"info": {"features": features}})
+    return pa.schema(
+        fields, metadata={METADATA: json.dumps(about, sort_keys=True), b"huggingface": huggingface}
+    )
+
+
+_SAMPLE_VALUES = {"id": "string", "index": "int64", "seed": "int64"}
+
+
+def png_bytes(pixels: np.ndarray) -> bytes:
+    """One image uint8 (C, H, W) as a PNG."""
+    file = io.BytesIO()
+    plane = pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0)
+    Image.fromarray(np.ascontiguousarray(plane)).save(file, "PNG", compress_level=1)
+    return file.getvalue()
