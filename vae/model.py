@@ -11,25 +11,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vae.config import ModelConfig, model_class
-
-
-class Likelihood(Protocol):
-    """p(x|z) of N latents, as the decoder's output defines it."""
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """x (N, C, H, W) uint8, or float in [0, 1] -> (N,) nats, summed over C, H, W, float32 or wider."""
-
-    @property
-    def mean(self) -> Tensor:
-        """The expected image, (N, C, H, W) in [0, 1]."""
+from vae.likelihood import Likelihood
+from vae.pixels import binarize
+from vae.random import Draws
 
 
 @dataclass(frozen=True)
@@ -41,7 +34,8 @@ class Inference:
     log_prior, log_posterior (N, L): log p(z_l|z_>l) and log q(z_l|z_>l, x) at z, in nats.
     kl (N, L): KL(q||p) a level, in closed form where both are Gaussian, else the one-draw estimate
     log q - log p. kl_per_dim (N, D) where it is in closed form, else None.
-    likelihood: p(x|z). A model without a posterior density has logvar, log_prior, log_posterior None.
+    decoded gives p(x|z), which `likelihood` asks for once and only when it is needed: encoding is not.
+    A model without a posterior density has logvar, log_prior, log_posterior None.
     """
 
     mean: Tensor
@@ -51,13 +45,19 @@ class Inference:
     log_posterior: Tensor | None
     kl: Tensor
     kl_per_dim: Tensor | None
-    likelihood: Likelihood
+    decoded: Callable[[], Likelihood]
+
+    @cached_property
+    def likelihood(self) -> Likelihood:
+        """p(x|z) of the N rows."""
+        return self.decoded()
 
 
 class Model(nn.Module, ABC):
     """A model of images: q(z|x), p(z), p(x|z).
 
     levels: the shape of each latent level, top first; latents of all levels are one flat vector.
+    All that a model knows beside its configuration is in parameters and persistent buffers.
     extra: facts that travel with the model (decode path, dataset), for whoever bundled it.
     """
 
@@ -85,9 +85,10 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def infer(self, x: Tensor, noise: Tensor | None) -> Inference:
-        """x (B, C, H, W) uint8 or float in [0, 1]; noise (K*B, D) standard normal, draw-major, or None.
+        """x (B, C, H, W) in grey values 0..255, uint8 or float; noise (K*B, D) standard normal, or None.
 
-        The pass over x alone happens once, whatever K is. With None, z is the posterior's mean, N = B.
+        Noise is draw-major, and the pass over x alone happens once, whatever K is. With None, z is the
+        posterior's mean, and N = B.
         """
 
     @abstractmethod
@@ -97,6 +98,11 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def prior_sample(self, noise: Tensor, temperature: float | Sequence[float] = 1.0) -> Tensor:
         """noise (N, prior_noise_dim) -> z (N, D) from p(z), its standard deviations times the temperature."""
+
+    def observe(self, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """(what the encoder sees, what the likelihood scores) of stored images: binarised where stated."""
+        pixels = binarize(images, self.config.binarize, draws)
+        return pixels, pixels
 
     def initialize(self, images: Tensor) -> None:
         """Set what should start from the data; images: uint8 (B, C, H, W), some of the training split."""

@@ -1,0 +1,69 @@
+"""A checkpoint is one safetensors blob that can tell whether it is whole.
+
+Tensors as they are, everything else as JSON in the metadata, and a SHA-256 of the entire blob (taken with
+the digest's own place filled by zeros), so that no flipped bit anywhere goes unseen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+_ZEROS = b"0" * 64
+_DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+
+
+def pack(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bytes:
+    """One blob of tensors and JSON-able facts; the same input gives the same bytes.
+
+    >>> import torch
+    >>> tensors, facts = unpack(pack({"w": torch.ones(2)}, {"step": 3}))
+    >>> tensors["w"], facts
+    (tensor([1., 1.]), {'step': 3})
+    """
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"facts": json.dumps(facts, sort_keys=True), "sha256": _ZEROS.decode()}
+    blob = safetensors.torch.save(contiguous, metadata=metadata)
+    place = _place(blob)
+    return blob[:place] + hashlib.sha256(blob).hexdigest().encode() + blob[place + 64 :]
+
+
+def unpack(blob: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and facts of a blob; a ValueError that says what is wrong with a damaged one.
+
+    >>> unpack(pack({}, {"step": 3})[:-1])
+    Traceback (most recent call last):
+    ValueError: checkpoint is damaged: its SHA-256 is not the one it states
+    """
+    place = _place(blob)
+    whole = hashlib.sha256(blob[:place] + _ZEROS + blob[place + 64 :]).hexdigest().encode()
+    if blob[place : place + 64] != whole:
+        raise ValueError("checkpoint is damaged: its SHA-256 is not the one it states")
+    try:
+        tensors = safetensors.torch.load(blob)
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint is damaged: {error}") from error
+    return tensors, json.loads(_metadata(blob)["facts"])
+
+
+def _metadata(blob: bytes) -> dict[str, str]:
+    """safetensors: 8 bytes of header length, a JSON header, the data."""
+    size = int.from_bytes(blob[:8], "little")
+    metadata: dict[str, str] = json.loads(blob[8 : 8 + size])["__metadata__"]
+    return metadata
+
+
+def _place(blob: bytes) -> int:
+    """Where the digest stands: within the header, and once."""
+    size = int.from_bytes(blob[:8], "little")
+    found = list(_DIGEST.finditer(blob, 8, min(8 + size, len(blob))))
+    if len(found) != 1:
+        raise ValueError("checkpoint is damaged: its header has no SHA-256")
+    return found[0].start(1)

@@ -1,0 +1,91 @@
+"""The VAE with one latent vector: Kingma & Welling 2014, *Auto-Encoding Variational Bayes*.
+
+Names as in the paper: q_phi(z|x) is the encoder with its posterior head, p_theta(x|z) the decoder with its
+likelihood, p(z) the prior.
+
+Legend: B images, K draws an image, N = K*B rows, C channels, H W pixels, D latent dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vae import gaussian
+from vae.config import FlatConfig
+from vae.likelihood import Head, Likelihood
+from vae.model import Inference, Model, repeat_draws
+from vae.networks import Decoder, Encoder
+from vae.pixels import unit
+from vae.prior import StandardNormal, VampPrior
+
+
+class FlatVAE(Model):
+    """p(x, z) = p(z) p_theta(x|z), with the approximate posterior q_phi(z|x).
+
+    >>> from vae.model import build
+    >>> vae = build(FlatConfig(height=8, width=8, channels=1, latent_dim=2))
+    >>> x = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+    >>> vae.infer(x, noise=torch.zeros(3, 2)).kl.shape
+    torch.Size([3, 1])
+    """
+
+    config: FlatConfig
+
+    def __init__(self, config: FlatConfig):
+        super().__init__(config)
+        self.levels = ((config.latent_dim,),)
+        self.encoder = Encoder(config)
+        self.posterior_head = nn.Linear(self.encoder.features, 2 * config.latent_dim)
+        self.likelihood = Head(config)
+        self.decoder = Decoder(config, self.likelihood.channels)
+        self.prior: StandardNormal | VampPrior = StandardNormal(config.latent_dim)
+        if config.prior == "vamp":
+            self.prior = VampPrior(
+                config.pseudo_inputs, config.image_shape, config.latent_dim, self.posterior
+            )
+        self.kl_in_closed_form = self.prior.kl_in_closed_form
+        self._start_wide()
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """mu and log sigma^2 of q_phi(z|x) = N(z; mu, sigma^2 I), equation (9): x in [0, 1] -> two (B, D)."""
+        mean, logvar = self.posterior_head(self.encoder(x)).chunk(2, dim=1)
+        return mean, logvar
+
+    def infer(self, x: Tensor, noise: Tensor | None) -> Inference:
+        mean, logvar = self.posterior(unit(x, self.dtype))
+        if noise is None:
+            z = mean
+        else:
+            mean, logvar = repeat_draws(mean, noise), repeat_draws(logvar, noise)
+            z = gaussian.sample(mean, logvar, noise)  # z = g_phi(eps, x) = mu + sigma * eps, equation (4)
+        log_posterior = gaussian.log_prob(z, mean, logvar).sum(1, keepdim=True)
+        log_prior = self.prior.log_prob(z)[:, None]
+        # -D_KL(q_phi(z|x) || p(z)) of equation (3): in closed form as in equation (10), else from the draw
+        kl_per_dim = gaussian.standard_kl(mean, logvar) if self.kl_in_closed_form else None
+        kl = log_posterior - log_prior if kl_per_dim is None else kl_per_dim.sum(1, keepdim=True)
+        return Inference(mean, logvar, z, log_prior, log_posterior, kl, kl_per_dim, lambda: self.decode(z))
+
+    def decode(self, z: Tensor) -> Likelihood:
+        return self.likelihood(self.decoder(z.to(self.dtype)))
+
+    @property
+    def prior_noise_dim(self) -> int:
+        return self.prior.noise_dim
+
+    def prior_sample(self, noise: Tensor, temperature: float | Sequence[float] = 1.0) -> Tensor:
+        (scale,) = temperature if isinstance(temperature, Sequence) else (temperature,)
+        return self.prior.sample(noise, scale)
+
+    def initialize(self, images: Tensor) -> None:
+        """The VampPrior's pseudo-inputs start as real images."""
+        if isinstance(self.prior, VampPrior):
+            self.prior.initialize(unit(images, self.dtype))
+
+    def _start_wide(self) -> None:
+        """Start at q_phi(z|x) near N(0, I): the KL starts near 0 and no variance can overflow."""
+        with torch.no_grad():
+            self.posterior_head.weight.mul_(0.1)
+            self.posterior_head.bias.zero_()
