@@ -333,7 +333,7 @@ class Limited:
 def limited(source: Source, count: int | None) -> Source:
     """The source, or a fair subset of `count` of its images, the same ones every time.
 
-    >>> sum(rows.num_rows for rows in limited(open_source("digits"), 10).list())
+    >>> sum(rows.num_rows for rows in limited(open_source("digits"), 10).listing())
     10
     """
     if count is None:

@@ -157,7 +157,8 @@ def open_store(location: str | os.PathLike[str]) -> Store:
     Traceback (most recent call last):
     ValueError: unknown store 'ftp://host/x': give a local path or a URL of file, memory, s3, ...
     """
-    url = os.fspath(location).rstrip("/") or "/"
+    url = os.fspath(location)
+    url = url if url.endswith("://") else url.rstrip("/") or "/"
     scheme = urlsplit(url).scheme if "://" in url else "file"
     if scheme == "file":
         path = os.path.abspath(os.path.expanduser(url.removeprefix("file://")))

@@ -1,0 +1,268 @@
+"""Sources: what each kind lists and reads, and the one line it gives when it cannot."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from data.images import Limits, Reject
+from data.sources import Source, assign_splits, escape, limited, open_source, unescape
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+IMAGES = np.random.default_rng(0).integers(0, 256, (30, 5, 7), np.uint8)
+
+
+def rows_of(source: Source) -> pa.Table:
+    return pa.Table.from_batches(list(source.listing()))
+
+
+def ids_of(source: Source) -> list[str]:
+    return rows_of(source)["id"].to_pylist()
+
+
+def read_all(source: Source) -> list[bytes | np.ndarray | Reject]:
+    return [item for rows in source.listing() for item in source.read(rows)]
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    data = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+def write_set(folder: Path, prefix: str = "", suffix: str = "") -> None:
+    for part, chosen in (("train", IMAGES[:20]), ("t10k", IMAGES[20:])):
+        write_idx(folder / f"{prefix}{part}-images-idx3-ubyte{suffix}", chosen)
+        write_idx(
+            folder / f"{prefix}{part}-labels-idx1-ubyte{suffix}", np.arange(len(chosen)).astype(np.uint8)
+        )
+
+
+def test_digits_are_scikit_learns() -> None:
+    from sklearn.datasets import load_digits
+
+    source = open_source("digits")
+    bunch = load_digits()
+    pixels = np.concatenate([source.read(rows) for rows in source.listing()])
+    assert pixels.shape == (1797, 8, 8, 1)
+    assert np.array_equal(np.unique(pixels), np.round(np.arange(17) * 255 / 16).astype(np.uint8))
+    assert np.array_equal(pixels[..., 0], np.round(bunch.images * 255 / 16))
+    assert rows_of(source)["label"].to_pylist() == [str(label) for label in bunch.target]
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_pairs(tmp_path: Path, suffix: str) -> None:
+    write_set(tmp_path, suffix=suffix)
+    source = open_source(f"idx:{tmp_path}")
+    assert source.native == (1, 5, 7)
+    assert source.splits == {"train", "test"}
+    assert np.array_equal(np.array(read_all(source))[..., 0], np.concatenate([IMAGES[20:], IMAGES[:20]]))
+    rows = rows_of(source)
+    assert rows["id"][10].as_py() == "train/000000000"
+    assert rows["split"].to_pylist() == ["test"] * 10 + ["train"] * 20
+    assert rows["label"].to_pylist()[:3] == ["0", "1", "2"]
+
+
+def test_idx_rows_in_any_order(tmp_path: Path) -> None:
+    write_set(tmp_path)
+    source = open_source(f"idx:{tmp_path}")
+    picked = rows_of(source).take(pa.array([25, 3, 11])).combine_chunks().to_batches()[0]
+    expected = np.concatenate([IMAGES[20:], IMAGES[:20]])[[25, 3, 11]]
+    assert np.array_equal(np.array(source.read(picked))[..., 0], expected)
+
+
+def test_emnist_is_turned_upright_and_chosen_by_prefix(tmp_path: Path) -> None:
+    write_set(tmp_path, "emnist-letters-", ".gz")
+    write_set(tmp_path, "emnist-digits-", ".gz")
+    with pytest.raises(ValueError, match="several sets .*emnist-digits, emnist-letters"):
+        open_source(f"idx:{tmp_path}")
+    source = open_source(f"idx:{tmp_path}/emnist-letters")
+    assert source.native == (1, 7, 5)
+    assert source.name == "emnist-letters"
+    assert np.array_equal(np.array(read_all(source))[10, ..., 0], IMAGES[0].T)
+
+
+@pytest.mark.skipif(not FASHION.exists(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_fashion_mnist() -> None:
+    source = open_source(f"idx:{FASHION}")
+    assert rows_of(source).num_rows == 70_000
+    assert source.native == (1, 28, 28)
+
+
+def test_damaged_idx_files(tmp_path: Path) -> None:
+    images = tmp_path / "train-images-idx3-ubyte"
+    write_idx(images, IMAGES)
+    whole = images.read_bytes()
+    images.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="has 1065 bytes, its header .* asks for 1066"):
+        open_source(f"idx:{tmp_path}")
+    images.write_bytes(b"\x00\x00\x0d\x03" + whole[4:])
+    with pytest.raises(ValueError, match="no idx file of 3-dimensional uint8"):
+        open_source(f"idx:{tmp_path}")
+    images.write_bytes(whole)
+    write_idx(tmp_path / "train-labels-idx1-ubyte", np.zeros(7, np.uint8))
+    with pytest.raises(ValueError, match="has 7 labels, .* has 30 images"):
+        open_source(f"idx:{tmp_path}")
+    images.unlink()
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(whole)[:-20])
+    with pytest.raises(ValueError, match="is damaged"):
+        open_source(f"idx:{tmp_path}")
+
+
+def make_tree(root: Path, *names: str) -> None:
+    for number, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(path, "PNG")
+
+
+def test_folder_ids_labels_and_order(tmp_path: Path) -> None:
+    make_tree(
+        tmp_path, "dog/b.png", "cat/a/deep.png", "cat.png", "cat/z.png", ".hidden/x.png", "cat/.DS_Store"
+    )
+    rows = rows_of(open_source(f"folder:{tmp_path}"))
+    assert rows["id"].to_pylist() == ["cat.png", "cat/a/deep.png", "cat/z.png", "dog/b.png"]
+    assert rows["id"].to_pylist() == sorted(rows["id"].to_pylist())
+    assert rows["label"].to_pylist() == [None, "cat", "cat", "dog"]
+    assert set(rows["split"].to_pylist()) == {None}
+
+
+def test_folder_with_splits(tmp_path: Path) -> None:
+    make_tree(tmp_path, "train/cat/a.png", "test/cat/b.png", "val/dog/c.png")
+    source = open_source(f"folder:{tmp_path}")
+    rows = rows_of(source)
+    assert source.splits == {"train", "test", "validation"}
+    assert rows["split"].to_pylist() == ["test", "train", "validation"]
+    assert rows["label"].to_pylist() == ["cat", "cat", "dog"]
+
+
+def test_folder_versions_change_with_the_file(tmp_path: Path) -> None:
+    make_tree(tmp_path, "a.png", "b.png")
+    before = rows_of(open_source(f"folder:{tmp_path}"))["version"].to_pylist()
+    make_tree(tmp_path, "b.png")
+    after = rows_of(open_source(f"folder:{tmp_path}"))["version"].to_pylist()
+    assert before[0] == after[0]
+    assert before[1] != after[1]
+
+
+def test_links_and_special_files(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    make_tree(root, "good.png", "class/also.png")
+    make_tree(outside, "secret.png")
+    (root / "in.png").symlink_to("good.png")
+    (root / "out.png").symlink_to(outside / "secret.png")
+    (root / "sneaky.png").symlink_to("class/../../outside/secret.png")
+    (root / "folder_out").symlink_to(outside)
+    (root / "folder_in").symlink_to("class")
+    (root / "nothing.png").symlink_to("gone.png")
+    (root / "loop.png").symlink_to("loop.png")
+    os.mkfifo(root / "pipe.png")
+    source = open_source(f"folder:{root}")
+    got = dict(zip(ids_of(source), read_all(source), strict=True))
+    codes = {key: item.error for key, item in got.items() if isinstance(item, Reject)}
+    assert codes == {
+        "out.png": "link_outside",
+        "sneaky.png": "link_outside",
+        "folder_out": "link_outside",
+        "folder_in": "link_folder",
+        "nothing.png": "missing",
+        "loop.png": "unreadable",
+        "pipe.png": "not_a_file",
+    }
+    assert got["in.png"] == got["good.png"]
+
+
+def test_files_over_the_cap_are_not_read(tmp_path: Path) -> None:
+    make_tree(tmp_path, "a.png")
+    source = open_source(f"folder:{tmp_path}")
+    (item,) = source.read(next(source.listing()), Limits(max_bytes=10))
+    assert isinstance(item, Reject)
+    assert item.error == "too_many_bytes"
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    for name in (b"\xff\xfe.png", b"100%.png", b"\xc3\xa9.png", b"new\nline.png"):
+        (tmp_path / os.fsdecode(name)).write_bytes(name)
+    source = open_source(f"folder:{tmp_path}")
+    ids = ids_of(source)
+    assert ids == sorted(["%FF%FE.png", "100%25.png", "é.png", "new\nline.png"])
+    assert read_all(source) == [unescape(key) for key in ids]
+
+
+@given(st.binary(min_size=1))
+def test_every_name_comes_back_from_its_id(name: bytes) -> None:
+    assert unescape(escape(name)) == name
+    escape(name).encode()
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("folder:{0}/none", "no folder .*none: check the path"),
+        ("folder:{0}/file", "is a file: give the folder"),
+        ("folder:{0}/empty", "no files in .*empty"),
+        ("folder:", "names no place"),
+        ("idx:{0}/none", "no folder .*none"),
+        ("idx:{0}/empty", "no image files in"),
+        ("snapshot:{0}/empty", "no complete snapshot"),
+        ("snapshot:{0}/none", "no complete snapshot"),
+        ("{0}/empty", "unknown source .*write folder:"),
+        ("mnist", "unknown source 'mnist': give one of digits, idx:DIR"),
+        ("torchvision:NoSuchSet", "no data set 'NoSuchSet'"),
+    ],
+)
+def test_one_clear_line(tmp_path: Path, uri: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=message) as caught:
+        open_source(uri.format(tmp_path), downloads=tmp_path / "downloads")
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(not FASHION.exists(), reason="Debian's dataset-fashion-mnist is not installed")
+def test_torchvision_reads_what_idx_reads(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in FASHION.glob("*-ubyte*"):
+        (raw / file.name.removesuffix(".gz")).write_bytes(
+            gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        )
+    source = open_source("torchvision:FashionMNIST", downloads=tmp_path)
+    mine, theirs = rows_of(open_source(f"idx:{FASHION}")), rows_of(source)
+    assert mine.equals(theirs)
+    assert source.native == (1, 28, 28)
+
+
+def test_splits_are_stable_and_of_the_right_size() -> None:
+    ids = [f"image-{i}" for i in range(20_000)]
+    none = assign_splits(ids, [None] * len(ids), frozenset())
+    assert none[:100] == assign_splits(ids[:100], [None] * 100, frozenset())
+    shares = {name: none.count(name) / len(ids) for name in ("train", "validation", "test")}
+    assert shares == pytest.approx({"train": 0.8, "validation": 0.1, "test": 0.1}, abs=0.01)
+    own = ["test" if i < 5000 else "train" for i in range(len(ids))]
+    kept = assign_splits(ids, own, frozenset({"train", "test"}))
+    assert kept[:5000] == ["test"] * 5000
+    assert kept[5000:].count("validation") / 15_000 == pytest.approx(0.1, abs=0.01)
+    assert set(kept[5000:]) == {"train", "validation"}
+
+
+def test_limit_is_a_stable_subset_of_every_class(tmp_path: Path) -> None:
+    digits = open_source("digits")
+    few, more = rows_of(limited(digits, 100)), rows_of(limited(digits, 200))
+    assert few.num_rows == 100
+    assert set(few["id"].to_pylist()) < set(more["id"].to_pylist())
+    assert len(set(few["label"].to_pylist())) == 10
+    assert rows_of(limited(digits, 5000)).num_rows == 1797
+    with pytest.raises(ValueError, match="limit 0"):
+        limited(digits, 0)
