@@ -241,6 +241,9 @@ def _temporary(path: str) -> bool:
 
 def _commit_local(path: Path, data: bytes) -> bool:
     """Write beside, fsync, link under the final name, fsync the folder: all of it or nothing."""
+    if path.exists():
+        _sync_folder(path.parent)  # its writer may have died before this line
+        return False
     _make_folder(path.parent)
     draft = path.parent / f".{path.name}.{os.urandom(6).hex()}{TEMPORARY}"
     try:
@@ -251,7 +254,7 @@ def _commit_local(path: Path, data: bytes) -> bool:
         created = False
     finally:
         draft.unlink(missing_ok=True)
-    _sync_folder(path.parent)  # also when it was there: its writer may have died before this line
+    _sync_folder(path.parent)
     return created
 
 

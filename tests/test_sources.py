@@ -82,7 +82,7 @@ def test_idx_rows_in_any_order(tmp_path: Path) -> None:
 def test_emnist_is_turned_upright_and_chosen_by_prefix(tmp_path: Path) -> None:
     write_set(tmp_path, "emnist-letters-", ".gz")
     write_set(tmp_path, "emnist-digits-", ".gz")
-    with pytest.raises(ValueError, match="several sets .*emnist-digits, emnist-letters"):
+    with pytest.raises(ValueError, match=r"several sets .*emnist-digits, emnist-letters"):
         open_source(f"idx:{tmp_path}")
     source = open_source(f"idx:{tmp_path}/emnist-letters")
     assert source.native == (1, 7, 5)
@@ -102,14 +102,14 @@ def test_damaged_idx_files(tmp_path: Path) -> None:
     write_idx(images, IMAGES)
     whole = images.read_bytes()
     images.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match="has 1065 bytes, its header .* asks for 1066"):
+    with pytest.raises(ValueError, match=r"has 1065 bytes, its header .* asks for 1066"):
         open_source(f"idx:{tmp_path}")
     images.write_bytes(b"\x00\x00\x0d\x03" + whole[4:])
     with pytest.raises(ValueError, match="no idx file of 3-dimensional uint8"):
         open_source(f"idx:{tmp_path}")
     images.write_bytes(whole)
     write_idx(tmp_path / "train-labels-idx1-ubyte", np.zeros(7, np.uint8))
-    with pytest.raises(ValueError, match="has 7 labels, .* has 30 images"):
+    with pytest.raises(ValueError, match=r"has 7 labels, .* has 30 images"):
         open_source(f"idx:{tmp_path}")
     images.unlink()
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(whole)[:-20])

@@ -84,7 +84,7 @@ def test_unwritable_root(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("url", ["s3://", "ftp://x/y"])
 def test_bad_urls(url: str) -> None:
-    with pytest.raises(ValueError, match="no bucket|unknown store"):
+    with pytest.raises(ValueError, match=r"no bucket|unknown store"):
         open_store(url)
 
 
