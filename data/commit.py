@@ -23,7 +23,7 @@ import heapq
 import io
 import random
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -39,6 +39,7 @@ from data.store import Store, seal, unseal
 
 ROW_GROUP = 16_384
 REJECTS = pa.schema([pa.field(name, pa.string()) for name in ("id", "source", "stage", "error", "message")])
+PLACES = frozenset({"file", "position", "size"})  # columns of a listing that say where an image lies
 NAMED = 10  # rejects that an error names
 
 
@@ -359,25 +360,38 @@ def listing_digest(rows: Iterable[pa.RecordBatch]) -> str:
 
 
 class ListingHasher:
-    """Hashes a listing column by column, so that the digest depends on its rows, not its batches."""
+    """Hashes a listing column by column, so that the digest depends on its rows, not its batches.
 
-    COLUMNS = ("id", "split", "label", "version")
+    Where an image lies is left out: one that was only moved inside its archive is the same.
+    """
 
     def __init__(self) -> None:
         # A column's lengths and its texts each have their own: interleaved, they would show the batches.
-        self._lengths = {name: blake3.blake3() for name in self.COLUMNS}
-        self._texts = {name: blake3.blake3() for name in self.COLUMNS}
+        self._lengths: dict[str, Any] = defaultdict(blake3.blake3)
+        self._texts: dict[str, Any] = defaultdict(blake3.blake3)
 
     def update(self, batch: pa.RecordBatch | pa.Table) -> None:
-        for name in self.COLUMNS:
-            column = batch.column(name)
-            lengths = pc.fill_null(pc.cast(pc.binary_length(column), pa.int64()), -1)
-            self._lengths[name].update(lengths.to_numpy(zero_copy_only=False).tobytes())
-            self._texts[name].update("".join(value for value in column.to_pylist() if value).encode())
+        for name in batch.schema.names:
+            if name not in PLACES:
+                texts = as_text(batch.column(name))
+                lengths = pc.fill_null(pc.cast(pc.binary_length(texts), pa.int64()), -1)
+                self._lengths[name].update(lengths.to_numpy(zero_copy_only=False).tobytes())
+                self._texts[name].update("".join(text for text in texts.to_pylist() if text).encode())
 
     def digest(self) -> str:
-        hashers = (*self._lengths.values(), *self._texts.values())
-        return blake3.blake3(b"".join(hasher.digest(32) for hasher in hashers)).hexdigest(length=16)
+        whole = blake3.blake3()
+        for name in sorted(self._lengths):
+            whole.update(name.encode() + self._lengths[name].digest() + self._texts[name].digest())
+        return whole.hexdigest(length=16)
+
+
+def as_text(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Any column as strings, null where it is null; equal values give equal texts."""
+    if pa.types.is_string(column.type):
+        return column
+    if pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
+        return pa.array([None if value is None else repr(value) for value in column.to_pylist()], pa.string())
+    return column.cast(pa.string())
 
 
 class _Tally:
@@ -538,7 +552,8 @@ class _Changes:
 
 def _keys(rows: pa.RecordBatch | pa.Table) -> Iterator[tuple[str, str]]:
     """(id, all that a new snapshot must not take over from the old one unless it is equal)."""
-    columns = [rows.column(name).to_pylist() for name in ("version", "split", "label")]
+    names = sorted(set(rows.schema.names) - {"id", *PLACES})
+    columns = [rows.column(name).to_pylist() for name in names]
     for key, *values in zip(rows.column("id").to_pylist(), *columns, strict=True):
         yield key, repr(values)
 

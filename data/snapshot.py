@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import PurePosixPath
 from threading import Lock
 from typing import Any
@@ -24,6 +25,7 @@ import blake3
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from data.batches import CHUNK, Batch, Resident, rebatch, stream
 from data.commit import (
@@ -32,6 +34,7 @@ from data.commit import (
     Manifest,
     Progress,
     StoredFile,
+    checked_bytes,
     plan_table,
     put_manifest,
     read_file,
@@ -39,7 +42,18 @@ from data.commit import (
     run_shards,
 )
 from data.images import LIMITS, DecodePath, Limits, Reject, content_hash, pixel_hash
-from data.sources import LISTED, LISTING, SPLITS, Payload, Source, assign_splits, listed, runs
+from data.sources import (
+    LISTED,
+    LISTING,
+    RESERVED,
+    SPLITS,
+    Payload,
+    Source,
+    assign_splits,
+    listed,
+    runs,
+    with_columns,
+)
 from data.store import Store, open_store
 from data.tables import METADATA, about_table
 
@@ -187,22 +201,28 @@ class SnapshotSource:
     def native(self) -> tuple[int, int, int]:
         return self.snapshot.decode.geometry
 
-    @property
+    @cached_property
     def columns(self) -> pa.Schema:
-        return pa.schema([])
+        manifest = self.snapshot.manifest
+        schema = pq.read_schema(pa.BufferReader(checked_bytes(manifest.store, manifest.parts[0])))
+        return pa.schema([item for item in schema if item.name not in RESERVED])
 
     def listing(self) -> Iterator[pa.RecordBatch]:
+        names = ["id", "split", "label", "content_hash", *self.columns.names]
         for file in self.snapshot.manifest.parts:
-            table = read_file(self.snapshot.manifest.store, file, ["id", "split", "label", "content_hash"])
+            table = read_file(self.snapshot.manifest.store, file, names)
+            start = 0
             for batch in table.to_batches(LISTED):
-                yield listed(
+                rows = listed(
                     id=batch["id"],
                     split=batch["split"],
                     label=batch["label"],
                     version=[digest.hex() for digest in batch["content_hash"].to_pylist()],
                     file=[file.path] * batch.num_rows,
-                    position=np.arange(batch.num_rows),
+                    position=np.arange(start, start + batch.num_rows),
                 )
+                yield with_columns(rows, [(item, batch[item.name]) for item in self.columns])
+                start += batch.num_rows
 
     def read(self, rows: pa.RecordBatch, limits: Limits = LIMITS) -> Payload:
         positions = rows["position"].to_numpy()
@@ -257,13 +277,16 @@ class _Maker:
             batch.rows["label"],
             pa.array(batch.sizes[:, 0], pa.int32()),
             pa.array(batch.sizes[:, 1], pa.int32()),
+            *(batch.rows[name] for name in self.source.columns.names),
             pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(batch.images), [None, flat]),
         ]
-        schema = _schema(size).with_metadata({METADATA: json.dumps(self.about, sort_keys=True)})
+        schema = _schema(size, self.source.columns).with_metadata(
+            {METADATA: json.dumps(self.about, sort_keys=True)}
+        )
         return pa.table(columns, schema=schema)
 
 
-def _schema(size: int) -> pa.Schema:
+def _schema(size: int, passed: pa.Schema) -> pa.Schema:
     return pa.schema(
         [
             pa.field("id", pa.string(), nullable=False),
@@ -273,6 +296,7 @@ def _schema(size: int) -> pa.Schema:
             pa.field("label", pa.string()),
             pa.field("width", pa.int32(), nullable=False),
             pa.field("height", pa.int32(), nullable=False),
+            *passed,
             pa.field("image", pa.binary(size), nullable=False),  # uint8 (C, H, W)
         ]
     )
