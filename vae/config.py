@@ -92,13 +92,11 @@ class Config:
 
     def _check_types(self) -> None:
         """JSON and TOML are untyped: refuse a string for a number here, not deep inside torch."""
+        accepted = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
         for field in dataclasses.fields(self):
-            value, default = getattr(self, field.name), field.default
-            wanted = type(default) if default is not dataclasses.MISSING and default is not None else None
-            accepted = (int, float) if wanted is float else (wanted,)
-            wrong = wanted is not None and type(value) not in accepted
-            if wrong:
-                raise ValueError(f"{field.name}={value!r} must be of type {wanted.__name__}")  # type: ignore[union-attr]
+            value, wanted = getattr(self, field.name), str(field.type)
+            if wanted in accepted and type(value) not in accepted[wanted]:
+                raise ValueError(f"{field.name}={value!r} must be of type {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)

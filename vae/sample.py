@@ -59,8 +59,9 @@ def sample_mixture(
     model = model.to(device or model.device).eval()
     draws = IdDraws(seed, [int(i) for i in indices])
     noise = draws.normal("mixture", model.latent_dim).double().numpy()
+    uniform = draws.uniform("component", 1).double().numpy()[:, 0]
     ends = np.cumsum(weights)
-    pick = np.searchsorted(ends[:-1], draws.uniform("component").double().numpy(), side="right")
+    pick = np.searchsorted(ends[:-1], uniform, side="right")
     spread = np.sqrt(covariances) if covariances.ndim == 2 else np.linalg.cholesky(covariances)
     moved = noise * spread[pick] if spread.ndim == 2 else np.einsum("nij,nj->ni", spread[pick], noise)
     z = torch.from_numpy((means[pick] + moved).astype(np.float32)).to(model.device)

@@ -168,7 +168,7 @@ class _Run:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, fused=True)
         self.steps_per_epoch = math.ceil(len(images) / config.batch_size)
         self.steps = config.epochs * self.steps_per_epoch
-        self.step = 0
+        self.step = self.images_seen = 0
         self.interval, self.whole_epoch = Meter(device), Meter(device)
         self.history: list[Progress] = []
         self.identity = {
@@ -177,11 +177,6 @@ class _Run:
             "images": _digest(images),
         }
         self._timed_from = (time.perf_counter(), 0)
-
-    @property
-    def images_seen(self) -> int:
-        epochs, steps = divmod(self.step, self.steps_per_epoch)
-        return epochs * len(self.images) + min(steps * self.config.batch_size, len(self.images))
 
     # -- training
 
@@ -221,6 +216,7 @@ class _Run:
         self.interval.add(now, loss, len(batch))
         self.whole_epoch.add(now, loss, len(batch))
         self.step += 1
+        self.images_seen += len(batch)
 
     def _beta(self) -> float:
         return beta_at(self.config, self.step, self.steps)
@@ -293,7 +289,8 @@ class _Run:
             if not tensor.isfinite().all():
                 raise NonFiniteLoss(f"{name} is not finite after step {self.step}: no checkpoint was taken")
         history = [dataclasses.asdict(line) for line in self.history]
-        return checkpoint.pack(tensors, {"run": self.identity, "step": self.step, "history": history})
+        facts = {"step": self.step, "images_seen": self.images_seen, "history": history}
+        return checkpoint.pack(tensors, {"run": self.identity} | facts)
 
     def resume(self, candidates: Iterator[bytes]) -> None:
         """Take up the newest whole checkpoint, if there is one."""
@@ -322,7 +319,7 @@ class _Run:
                     self.optimizer.state[parameter][name] = _laid_out_as(parameter, saved)
         self.interval.sums.copy_(tensors["meter.interval"])
         self.whole_epoch.sums.copy_(tensors["meter.epoch"])
-        self.step = facts["step"]
+        self.step, self.images_seen = facts["step"], facts["images_seen"]
         self.history = [Progress(**line) for line in facts["history"]]
 
 
