@@ -101,15 +101,15 @@ class Up(nn.Module):
 class Level(nn.Module):
     """One stochastic level of a stage: z_l given the features h that hold what is known of z_<l.
 
-    shape: (latents, H, W) of z_l.
+    shape: (latents, H, W) of z_l. blocks: before it, on the path that the prior sees.
     """
 
-    def __init__(self, config: LadderConfig, stage: int, size: Size):
+    def __init__(self, config: LadderConfig, stage: int, size: Size, blocks: int):
         super().__init__()
         channels, latents, kernel = config.hidden[stage], config.latents[stage], kernel_for(size)
         self.stage = stage
         self.shape = (latents, *size)
-        self.before = residuals(channels, kernel, config.blocks)
+        self.before = residuals(channels, kernel, blocks)
         self.prior = shrunk(Pointwise(channels, 2 * latents))
         self.seen = Pointwise(channels, channels)
         self.posterior_block = GatedResidual(channels, kernel)
@@ -150,13 +150,15 @@ class TopDown(nn.Module):
 
     def __init__(self, config: LadderConfig, sizes: Sequence[Size], outputs: int):
         super().__init__()
-        self.start = nn.Parameter(torch.zeros(1, config.hidden[-1], *sizes[-1]))
+        self.start = nn.Parameter(0.1 * torch.randn(1, config.hidden[-1], *sizes[-1]))
         steps: list[nn.Module] = []
         wider = (outputs, *config.hidden)
         larger = ((config.height, config.width), *sizes)
         for stage in reversed(range(len(sizes))):
             channels, stride = config.hidden[stage], config.strides[stage]
-            steps.extend(Level(config, stage, sizes[stage]) for _ in range(config.levels[stage]))
+            for _ in range(config.levels[stage]):
+                blocks = config.blocks if steps else 0  # the top level's prior is a learned constant as it is
+                steps.append(Level(config, stage, sizes[stage], blocks))
             steps.append(residuals(channels, kernel_for(sizes[stage]), config.blocks))
             steps.append(Up(channels, wider[stage], stride, larger[stage]))
         last = max(index for index, step in enumerate(steps) if isinstance(step, Level))
