@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from flows.config import Command, Setting
 
-# Command -> (its configuration in flows.config, its one line of help). The flow is flows.<command>.<command>.
+# Command -> (its configuration in flows.config, its one line of help); it is flows.<command>.<command>.
 COMMANDS = {
     "retrain": ("Retrain", "images in; a registered champion, a latent table and samples out"),
     "ingest": ("Ingest", "decode a source into an immutable snapshot"),
@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluate": ("Evaluate", "score a model on held-out images"),
     "encode": ("Encode", "images -> a Parquet table of latents"),
     "sample": ("Sample", "the prior -> a Parquet table of images"),
+    "pull": ("Pull", "a model's bundle from the registry to a folder"),
 }
 
 
@@ -62,11 +63,17 @@ def _run(arguments: list[str]) -> int:
 
 
 def _parser(chosen: str | None) -> Parser:
-    parser = Parser(prog="vae-flows", description="Images in; a trained, registered VAE, latents and samples out.")
+    parser = Parser(
+        prog="vae-flows", description="Images in; a trained, registered VAE, latents and samples out."
+    )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command, (_, line) in COMMANDS.items():
         sub = subparsers.add_parser(
-            command, help=line, description=line, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
+            command,
+            help=line,
+            description=line,
+            allow_abbrev=False,
+            formatter_class=argparse.RawTextHelpFormatter,
         )
         if command == chosen:  # only the chosen one needs its options, and so the configuration's import
             _add_options(sub, command)
@@ -74,14 +81,21 @@ def _parser(chosen: str | None) -> Parser:
 
 
 def _add_options(parser: Parser, command: str) -> None:
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML settings; the command line goes over them")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="TOML settings; the command line goes over them"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    parser.add_argument("--dry-run", action="store_true", help="print the complete configuration and do nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the complete configuration and do nothing"
+    )
     groups: dict[str, Any] = {"": parser}
     for setting in _settings(command):
         if setting.section not in groups:
             groups[setting.section] = parser.add_argument_group(setting.section, _explain(setting.section))
-        groups[setting.section].add_argument(_flag(setting.name), **_kind(setting))
+        if setting.argument:
+            parser.add_argument(f".{setting.name}", metavar=setting.name.upper(), help=setting.help)
+        else:
+            groups[setting.section].add_argument(_flag(setting.name), **_kind(setting))
 
 
 def _flag(name: str) -> str:
@@ -89,13 +103,19 @@ def _flag(name: str) -> str:
 
 
 def _kind(setting: Setting) -> dict[str, Any]:
-    """How argparse reads a setting. Values stay text: pydantic converts and checks them, as it does TOML's."""
-    common = {"dest": f"{setting.section}.{setting.name}", "default": argparse.SUPPRESS, "help": _help(setting)}
+    """How argparse reads a setting; values stay text, which pydantic converts and checks."""
+    common = {
+        "dest": f"{setting.section}.{setting.name}",
+        "default": argparse.SUPPRESS,
+        "help": _help(setting),
+    }
     if setting.annotation is bool:
         return common | {"action": argparse.BooleanOptionalAction}
     if "tuple" in str(setting.annotation):
         return common | {"type": lambda text: tuple(filter(None, text.split(","))), "metavar": "N,N,..."}
-    choices = "|".join(map(str, get_args(setting.annotation))) if get_origin(setting.annotation) is Literal else ""
+    choices = (
+        "|".join(map(str, get_args(setting.annotation))) if get_origin(setting.annotation) is Literal else ""
+    )
     return common | {"metavar": choices or setting.name.rsplit("_", 1)[-1].upper()}
 
 
@@ -109,7 +129,9 @@ def _explain(section: str) -> str:
     """A section's fields are explained by the docstring of the record that holds them."""
     from flows.config import SECTIONS
 
-    return "\n\n".join(inspect.cleandoc(record.__doc__ or "").split("\n>>>")[0] for record in SECTIONS[section])
+    return "\n\n".join(
+        inspect.cleandoc(record.__doc__ or "").split("\n>>>")[0] for record in SECTIONS[section]
+    )
 
 
 def _settings(command: str) -> list[Setting]:

@@ -9,12 +9,15 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import nullcontext
 from types import FrameType
 from typing import Any
 
-from flows.config import Command, Images, Ingest, Train, WithModel
+from data.sources import open_source
+from flows.config import Command, Encode, Images, Ingest, Pull, Train, WithModel
 from flows.environment import make_root, prepare
 
+TOOLS = {"pull"}  # commands that are no flow
 INTERRUPTED, TERMINATED = 130, 143  # a shell's exit codes for SIGINT and SIGTERM
 
 
@@ -26,13 +29,15 @@ def run(command: str, config: Command, *, as_json: bool) -> int:
     _log_to_stderr()
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        result = _call_flow(command, config)
+        result = _call(command, config)
     except KeyboardInterrupt:
         return _say(f"{command} interrupted: the same command goes on from here", INTERRUPTED)
     except SystemExit:
         return _say(f"{command} terminated: the same command goes on from here", TERMINATED)
     except Exception as error:
-        if not isinstance(error, ValueError):  # an error of ours or of the machine: whoever looks into it wants all
+        if not isinstance(
+            error, ValueError
+        ):  # an error of ours or of the machine: whoever looks into it wants all
             traceback.print_exc()
         return _say(f"{command} failed: {' '.join(str(error).split()) or type(error).__name__}", 1)
     print(json.dumps(result.model_dump(mode="json"), indent=2) if as_json else result.summary())
@@ -44,7 +49,7 @@ def dry_run(command: str, config: Command, *, as_json: bool) -> int:
     prepare(config.root)
     check(config)
     values = config.model_dump(mode="json")
-    if command == "encode":
+    if isinstance(config, Encode):
         from flows.encode import estimate
 
         values["estimate"] = estimate(config)
@@ -54,24 +59,24 @@ def dry_run(command: str, config: Command, *, as_json: bool) -> int:
 
 def check(config: Command) -> None:
     """Refuse what can be known to fail before anything is written: the source, the geometry, the model."""
-    from data.sources import open_source
-
     if isinstance(config, Images):
-        source = open_source(config.source)
+        source = open_source(config.source, downloads=config.root.resolve() / "torchvision")
         if isinstance(config, Ingest):
             channels, height, width = config.decode.resolved(source.native).geometry
             if isinstance(config, Train):
                 config.model_of(height, width, channels)
-    if isinstance(config, WithModel):
+    if isinstance(config, WithModel | Pull):
         _check_model(config)
     _check_root(config)
 
 
-def _check_model(config: WithModel) -> None:
+def _check_model(config: WithModel | Pull) -> None:
     local = os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")
     registry = os.environ.get("MLFLOW_REGISTRY_URI") or not local.startswith("/") or os.path.exists(local)
     if config.model.startswith("models:/") and not registry:  # looking would create an empty database
-        raise ValueError(f"no model {config.model!r}: there is no registry under root {str(config.root)!r} yet")
+        raise ValueError(
+            f"no model {config.model!r}: there is no registry under root {str(config.root)!r} yet"
+        )
     from flows.registry import locate
 
     locate(config.model)
@@ -97,12 +102,12 @@ def _without_none(values: dict[str, Any]) -> dict[str, Any]:
     return {name: _without_none(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
-def _call_flow(command: str, config: Command) -> Any:
+def _call(command: str, config: Command) -> Any:
+    """flows.<command>.<command>, a flow unless it is a tool: a tool needs no Prefect."""
     from flows.local_server import prefect_api
 
-    with prefect_api():
-        flow = getattr(importlib.import_module(f"flows.{command}"), command)
-        return flow(config)
+    with nullcontext() if command in TOOLS else prefect_api():
+        return getattr(importlib.import_module(f"flows.{command}"), command)(config)
 
 
 def _log_to_stderr() -> None:

@@ -1,7 +1,7 @@
-"""Every flow's configuration: one frozen, typed record, the same on the command line, in TOML and in Prefect.
+"""Every flow's configuration: one frozen, typed record for the command line, TOML and Prefect alike.
 
-The settings of models and of training are those of `vae.config`, those of decoding are `data.images.DecodePath`:
-they are taken over here, never written a second time. A model's geometry is not a setting: the images have it.
+Settings of models and training are those of `vae.config`, those of decoding are `data.images.DecodePath`:
+taken over here, never written a second time. A model's geometry is not a setting: the images have it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, Union, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
@@ -37,7 +37,9 @@ def refuse_unknown(values: Mapping[str, Any], valid: list[str], where: str) -> N
     for name in values:
         if name not in valid:
             close = difflib.get_close_matches(name, valid, n=1, cutoff=0.0)
-            raise ValueError(f"unknown field {name!r} in {where}" + "".join(f": did you mean {c!r}?" for c in close))
+            raise ValueError(
+                f"unknown field {name!r} in {where}" + "".join(f": did you mean {c!r}?" for c in close)
+            )
 
 
 class Config(BaseModel):
@@ -61,26 +63,34 @@ def _model_settings(tag: str) -> type[Config]:
     """What a model family of `vae.config` lets a user choose: its fields less the geometry."""
     config = vae.config.config_class(tag)
     hints = get_type_hints(config)
-    fields: dict[str, Any] = {
-        field.name: (hints[field.name], field.default)
-        for field in dataclasses.fields(config)
-        if field.name not in GEOMETRY
-    }
-    return create_model(config.__name__, __base__=Config, __doc__=config.__doc__, model=(Literal[tag], tag), **fields)
+    fields: dict[str, Any] = {"model": (Literal[tag], tag)}
+    for field in dataclasses.fields(config):
+        if field.name not in GEOMETRY:
+            fields[field.name] = (hints[field.name], field.default)
+    return create_model(config.__name__, __base__=Config, __doc__=config.__doc__, **fields)
 
 
-MODEL_SETTINGS = {tag: _model_settings(tag) for tag in vae.config.MODELS}
-ModelSettings = Annotated[Union[tuple(MODEL_SETTINGS.values())], Field(discriminator="model")]  # noqa: UP007
+if TYPE_CHECKING:
+    ModelSettings = Config
+else:
+    _FAMILIES = tuple(_model_settings(tag) for tag in vae.config.MODELS)
+    ModelSettings = Annotated[Union[_FAMILIES], Field(discriminator="model")]  # noqa: UP007
 
 
 C = TypeVar("C", bound="Command")
 Device = Literal["auto", "cpu", "cuda"]
 
 
+# Marks a field that the command line takes by its place, not by an option.
+ARGUMENT: dict[str, Any] = {"argument": True}
+
+
 class Command(Config):
     """What every command takes."""
 
-    root: Path = Field(default_factory=default_root, description="folder of all state: tables, models, MLflow")
+    root: Path = Field(
+        default_factory=default_root, description="folder of all state: tables, models, MLflow"
+    )
 
 
 class Images(Command):
@@ -88,7 +98,9 @@ class Images(Command):
 
     source: str = Field("digits", description="digits, idx:DIR, folder:DIR, torchvision:NAME or snapshot:DIR")
     limit: int | None = Field(None, ge=1, description="read only the first N images")
-    max_reject_share: float = Field(0.01, ge=0, le=1, description="share of unreadable images that fails the run")
+    max_reject_share: float = Field(
+        0.01, ge=0, le=1, description="share of unreadable images that fails the run"
+    )
 
 
 class Ingest(Images):
@@ -101,10 +113,10 @@ class Ingest(Images):
 class Train(Ingest):
     """Train a model on a source's training split; resumes from the last checkpoint."""
 
-    preset: str = Field("textbook", description=f"settings to start from: {', '.join(PRESETS)}")
+    preset: str = Field("", description=f"{', '.join(PRESETS)}; by default digits for digits, else textbook")
     model_name: str = Field("", description="name in the MLflow registry; by default vae-<source>")
     device: Device = Field("auto", description="auto: the GPU when there is one")
-    model: ModelSettings  # type: ignore[valid-type]
+    model: ModelSettings
     training: vae.config.TrainConfig = vae.config.TrainConfig()
 
     @model_validator(mode="before")
@@ -112,9 +124,11 @@ class Train(Ingest):
     def _start_from_preset(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        name = values.get("preset", "textbook")
+        name = values.get("preset") or (
+            "digits" if values.get("source", "digits") == "digits" else "textbook"
+        )
         vae.config.check_choice("preset", name, PRESETS)
-        return _over_preset(PRESETS[name](), values)
+        return _over_preset(PRESETS[name](), {**values, "preset": name})
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -127,7 +141,7 @@ class Train(Ingest):
     def model_of(self, height: int, width: int, channels: int) -> vae.config.ModelConfig:
         """The model's complete configuration for images of this geometry."""
         geometry = {"height": height, "width": width, "channels": channels}
-        return vae.config.model_config({**self.model.model_dump(), **geometry})  # type: ignore[attr-defined]
+        return vae.config.model_config({**self.model.model_dump(), **geometry})
 
 
 class Scoring(Command):
@@ -167,6 +181,15 @@ class WithModel(Command):
         return self
 
 
+class Pull(Command):
+    """Fetch a model's bundle from the registry: digests checked, nothing of it executed."""
+
+    model: str = Field(
+        description="models:/NAME@champion or models:/NAME/VERSION", json_schema_extra=ARGUMENT
+    )
+    directory: Path = Field(description="a new folder for the bundle", json_schema_extra=ARGUMENT)
+
+
 class Evaluate(Scoring, Images, WithModel):
     """Score a model on a split of a source."""
 
@@ -189,7 +212,10 @@ def _over_preset(preset: Mapping[str, Any], values: Mapping[str, Any]) -> dict[s
     for section in ("model", "training"):
         given = values.get(section, {})
         if isinstance(given, Mapping):
-            other = section == "model" and given.get("model", preset["model"]["model"]) != preset["model"]["model"]
+            other = (
+                section == "model"
+                and given.get("model", preset["model"]["model"]) != preset["model"]["model"]
+            )
             merged[section] = {**({} if other else preset[section]), **given}
     return merged
 
@@ -200,7 +226,9 @@ def narrow(command: type[C], config: Command, **changes: Any) -> C:
     >>> narrow(Ingest, Train(source="idx:mnist")).source
     'idx:mnist'
     """
-    shared = {name: getattr(config, name) for name in type(config).model_fields if name in command.model_fields}
+    shared = {
+        name: getattr(config, name) for name in type(config).model_fields if name in command.model_fields
+    }
     return command(**{**shared, **changes})
 
 
@@ -231,6 +259,7 @@ class Setting:
     annotation: Any
     default: Any
     help: str = ""
+    argument: bool = False
 
 
 def settings(command: type[Command]) -> list[Setting]:
@@ -241,10 +270,13 @@ def settings(command: type[Command]) -> list[Setting]:
     """
     leaves = []
     for name, field in command.model_fields.items():
-        if issubclass(command, Train) and name in SECTIONS or name == "decode":
+        if (issubclass(command, Train) and name in SECTIONS) or name == "decode":
             leaves += _section(name)
         else:
-            leaves.append(Setting("", name, field.annotation, field.default, field.description or ""))
+            argument = field.json_schema_extra == ARGUMENT
+            leaves.append(
+                Setting("", name, field.annotation, field.default, field.description or "", argument)
+            )
     return leaves
 
 

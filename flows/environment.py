@@ -16,11 +16,11 @@ QUIET = {
     # Our own log lines tell what happens, and a command prints its own error.
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "vae_flows",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # A model is logged from the machine that trained it; guessing its requirements again costs 11 s.
-    "MLFLOW_REQUIREMENTS_INFERENCE_RAISE_ERRORS": "false",
     "GIT_PYTHON_REFRESH": "quiet",
+    # Threads that wait by spinning make two of them ten times slower than one on a busy machine.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 
@@ -42,6 +42,8 @@ def make_root(root: Path) -> None:
     try:
         (root / "prefect").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"root {str(root)!r} can't be written ({error.strerror}): give another --root") from error
+        raise ValueError(
+            f"root {str(root)!r} can't be written ({error.strerror}): give another --root"
+        ) from error
     if not os.access(root, os.R_OK | os.W_OK | os.X_OK):
         raise ValueError(f"root {str(root)!r} can't be read and written: give another --root")

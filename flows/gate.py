@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from pathlib import Path
-from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from pydantic import BaseModel
 
 from data.store import open_store
 from flows import registry
-from flows.evaluate import Scores
 from flows.jobs import lock, put_record, read_record
+from flows.results import Scores, Verdict
 
-logger = logging.getLogger("vae_flows.gate")
-SAME_PROTOCOL = ("likelihood", "binarize", "split", "dataset", "seed")
-
-
-class Verdict(BaseModel):
-    """What the gate decided on a version, against which champion, and why in one line."""
-
-    version: str
-    champion: str
-    promoted: bool
-    reason: str
-    changed: bool = False
+SAME_PROTOCOL = ("likelihood", "binarize", "decode", "split", "dataset", "seed")
 
 
 @task(cache_policy=NO_CACHE)
@@ -49,8 +35,8 @@ def gate(root: Path, name: str, version: str, challenger: Scores, holder: Scores
 
 
 def judge(challenger: Scores, champion: Scores | None) -> tuple[bool, str]:
-    """Whether the challenger becomes champion, and why: sound first, then the better mean on the same images."""
-    if (fault := unsound(challenger.scores)) is not None:
+    """Whether the challenger wins, and why: sound first, then the better mean on the same images."""
+    if (fault := unsound(challenger)) is not None:
         return False, fault
     if champion is None:
         return True, "the first sound version"
@@ -58,22 +44,18 @@ def judge(challenger: Scores, champion: Scores | None) -> tuple[bool, str]:
         ours, theirs = challenger.protocol.get(part), champion.protocol.get(part)
         if ours != theirs:
             return False, f"no contest: {part} is {ours!r}, the champion's {theirs!r}"
-    name = headline(challenger.scores)
+    name = challenger.headline
     ours, theirs = challenger.scores[name]["value"], champion.scores[name]["value"]
     better = "better" if ours > theirs else "not better"
     return ours > theirs, f"test {name} {ours:.3f} is {better} than the champion's {theirs:.3f}"
 
 
-def unsound(scores: dict[str, Any]) -> str | None:
+def unsound(challenger: Scores) -> str | None:
     """Why a model can't be champion whatever its rivals, or None."""
-    value = scores[headline(scores)]["value"]
+    scores = challenger.scores
+    value = scores[challenger.headline]["value"]
     if not math.isfinite(value):
         return f"the test score is {value}"
     if "active_units" in scores and scores["active_units"]["value"] == 0:
         return "collapsed: no latent dimension is active"
     return None
-
-
-def headline(scores: dict[str, Any]) -> str:
-    """The score that versions are compared by: the ELBO; an autoencoder has only its log-likelihood."""
-    return "elbo" if "elbo" in scores else "log_likelihood"

@@ -7,55 +7,70 @@ import logging
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from data.snapshot import Snapshot
 from data.snapshot import ingest as ingest_images
-from data.sources import open_source
+from data.snapshot import open_snapshot
+from data.sources import Source, limited, open_source
 from data.store import open_store
-from flows.config import Ingest
+from flows.config import Images, Ingest
 from flows.progress import progress
+from flows.results import Ingested, told
 from flows.tracking import Run, tracked
 
 logger = logging.getLogger("vae_flows.ingest")
 
 
 @flow(name="ingest")
-def ingest(config: Ingest) -> Snapshot:
+def ingest(config: Ingest) -> Ingested:
     """The snapshot of a source: found where nothing changed, else written and logged as the run's input."""
     with tracked(config) as run:
         logger.info("ingest: reading %s", config.source)
-        snapshot = write_snapshot(config)
-        _tell(snapshot)
-        if snapshot.changed:
-            _log(run, snapshot)
-        return snapshot
+        ingested = write_snapshot(config)
+        state = "written" if ingested.changed else "unchanged"
+        logger.info(
+            "ingest: snapshot %s %s: %d images %s",
+            ingested.fingerprint,
+            state,
+            ingested.rows,
+            ingested.counts,
+        )
+        if ingested.rejected:
+            logger.warning("ingest: %s", told(ingested))
+        if ingested.changed:
+            _log(run, ingested)
+        return run.sign(ingested)
 
 
 @task(cache_policy=NO_CACHE)
-def write_snapshot(config: Ingest) -> Snapshot:
+def write_snapshot(config: Ingest) -> Ingested:
     """Scan, decode and commit."""
     with progress("ingest") as advance:
-        return ingest_images(
-            open_source(config.source),
+        snapshot = ingest_images(
+            limited(open_images(config), config.limit),
             config.decode,
             open_store(config.root.resolve() / "snapshots"),
             max_reject_share=config.max_reject_share,
             duplicates=config.duplicates,
-            limit=config.limit,
-            progress=advance,
+            progress=lambda at: advance(at.rows_done, at.rows, f"images, {at.rejected} rejected"),
         )
+    return Ingested.of(snapshot)
 
 
-def _tell(snapshot: Snapshot) -> None:
-    counts = ", ".join(f"{n} {split}" for split, n in snapshot.counts.items())
-    state = "written" if snapshot.changed else "unchanged"
-    logger.info("ingest: snapshot %s %s: %s images (%s)", snapshot.fingerprint, state, snapshot.rows, counts)
-    if snapshot.rejected:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in snapshot.reasons.items())
-        logger.warning("ingest: %d rejected (%s): %s", snapshot.rejected, reasons, snapshot.rejects_uri)
+def snapshot_of(config: Ingest) -> Ingested:
+    """The snapshot that another flow reads: a source that is one, decoded this way, is taken as it is."""
+    if config.source.startswith("snapshot:") and config.limit is None:
+        snapshot = open_snapshot(config.source.removeprefix("snapshot:"))
+        if snapshot.decode == config.decode.resolved(snapshot.decode.geometry):
+            return Ingested.of(snapshot)
+    return ingest(config)
 
 
-def _log(run: Run, snapshot: Snapshot) -> None:
-    for split in snapshot.counts:
-        run.log_dataset(snapshot.name, snapshot.fingerprint, snapshot.uri, split)
-    counts = {f"ingest/{split}": n for split, n in snapshot.counts.items()}
-    run.log_metrics({**counts, "ingest/rejected": snapshot.rejected, "ingest/leaked": snapshot.leaked})
+def open_images(config: Images) -> Source:
+    """The source of a command that reads images; data sets that torchvision downloads go under the root."""
+    return open_source(config.source, downloads=config.root.resolve() / "torchvision")
+
+
+def _log(run: Run, ingested: Ingested) -> None:
+    for split in ingested.counts:
+        run.log_dataset(ingested.name, ingested.fingerprint, ingested.snapshot, split)
+    counts = {f"ingest/{split}": n for split, n in ingested.counts.items()}
+    run.log_metrics({**counts, "ingest/rejected": ingested.rejected, "ingest/leaked": ingested.leaked})

@@ -1,6 +1,6 @@
 """What has been done, as records in the store under the root: a job's key, its folder, its lock.
 
-A job is named by what determines its outcome. Its record, put if absent when it is done, is the truth about it.
+A job is named by what determines its outcome. Its record, put if absent at the end, is the truth about it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A Prefect API for one command, which ends with it, whatever ends it.
 
-Prefect's own temporary server outlives a parent that is killed (measured with 3.8.8: it stays until somebody
-ends it by hand). This one is the same application, started by us, with two differences: it reads its standard
-input, which closes when the parent dies, and it inherits a listening socket, so that there is no race for a port.
+Prefect's own temporary server outlives a parent that is killed (3.8.8: it stays until somebody ends it by
+hand). This one is the same application with two differences: it reads its standard input, which closes when
+the parent dies, and it inherits a listening socket, so that there is no race for a port.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STARTUP_SECONDS = 300  # the first start creates the database: 10 s of CPU time,
 
 @contextmanager
 def prefect_api() -> Iterator[None]:
-    """Give the block a Prefect API: the user's where one is configured, else a local one on the root's database."""
+    """Give the block a Prefect API: the user's where one is configured, else a local one."""
     import prefect.settings as settings
 
     if settings.get_current_settings().api.url:
@@ -72,7 +72,9 @@ def _end_with_parent() -> None:
 def _serve(fd: int) -> None:
     """Run Prefect's application on an inherited socket until standard input closes."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ.update({"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"})
+    os.environ.update(
+        {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
+    )
     import uvicorn
 
     application = "prefect.server.api.server:create_app"

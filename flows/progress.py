@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 logger = logging.getLogger("vae_flows")
 LOG_SECONDS = 10.0
 
-# Called with what is done of the total, and a few words on how it goes.
-Advance = Callable[[int, int, str], None]
+
+class Advance(Protocol):
+    """Called with what is done of the total, and a few words on how it goes, as often as one likes."""
+
+    def __call__(self, done: int, total: int, words: str = "") -> None: ...
 
 
 @contextmanager
@@ -30,7 +34,11 @@ def _bar(step: str) -> Iterator[Advance]:
     columns = (TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[words]}"), console=Console(stderr=True)) as bar:
         task = bar.add_task(step, total=None, words="")
-        yield lambda done, total, words="": bar.update(task, completed=done, total=total, words=words)
+
+        def advance(done: int, total: int, words: str = "") -> None:
+            bar.update(task, completed=done, total=total, words=words)
+
+        yield advance
 
 
 @contextmanager

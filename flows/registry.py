@@ -1,14 +1,13 @@
 """Models in the MLflow registry: publish once a job, pin an alias, promote with a history, pull the bundle.
 
-MLflow keeps no history of an alias, so ours is a numbered, put-if-absent record in the store; MLflow's alias is
-its projection, written after it. An alias that somebody moved by hand is appended as 'external'.
+MLflow keeps no history of an alias, so ours is a numbered, put-if-absent record in the store; MLflow's alias
+is its projection, written after it. An alias that somebody moved by hand is appended as 'external'.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +35,17 @@ class Located:
     folder: Path
     name: str = ""
     version: str = ""
+
+    def files(self) -> dict[str, bytes]:
+        """The bundle's files by name."""
+        return {path.name: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
+
+    def facts(self) -> dict[str, Any]:
+        """The bundle's config.json, digests checked, and the digest of its weights; loads no model."""
+        from vae.bundle import read_config, weights_digest
+
+        files = self.files()
+        return {**read_config(files), "weights": weights_digest(files)}
 
 
 def pin(uri: str) -> str:
@@ -89,7 +99,9 @@ def find(name: str, job: str) -> ModelVersion | None:
     return min(found, key=lambda version: int(version.version), default=None)
 
 
-def register(run: Run, root: Path, name: str, job: str, bundle: Path, tags: Mapping[str, str]) -> ModelVersion:
+def register(
+    run: Run, root: Path, name: str, job: str, bundle: Path, tags: Mapping[str, str]
+) -> ModelVersion:
     """The version of this job: found, or logged to the run and created, once whoever else tries."""
     with lock(root, f"register-{name}"):
         if (found := find(name, job)) is not None:
@@ -143,7 +155,7 @@ def _signature(bundle: Path) -> tuple[Any, Any]:
 
     model = vae.load(bundle)
     shape = model.config.image_shape
-    inputs = Schema([TensorSpec(np.dtype("uint8"), (-1, *shape), "images")])
+    inputs = Schema([TensorSpec(np.dtype("uint8"), (-1, *shape))])
     outputs = Schema([TensorSpec(np.dtype("float32"), (-1, model.latent_dim))])
     return ModelSignature(inputs, outputs), np.zeros((2, *shape), np.uint8)
 
@@ -161,7 +173,13 @@ def _requirements() -> list[str]:
 def history(root: Path, name: str) -> list[dict[str, Any]]:
     """Every move of the champion alias, oldest first."""
     store = _history_store(root, name)
-    return [unseal(store.get(entry.path), store.uri(entry.path)) for entry in sorted(store.list())]
+    return [unseal(store.get(entry.path), store.uri(entry.path)) for entry in sorted(store.entries())]
+
+
+def champion_uri(name: str) -> str | None:
+    """The champion, pinned to its version, or None."""
+    version = champion(name)
+    return f"models:/{name}/{version}" if version else None
 
 
 def champion(name: str) -> str | None:
@@ -192,7 +210,7 @@ def promote(root: Path, name: str, version: str, reason: str) -> bool:
 def reconcile(root: Path, name: str) -> None:
     """Finish a move that was killed between history and alias; record one that was made by hand."""
     moves, current = history(root, name), champion(name)
-    if moves and moves[-1]["version"] == current or not moves and current is None:
+    if (moves and moves[-1]["version"] == current) or (not moves and current is None):
         return
     before = moves[-2]["version"] if len(moves) > 1 else None
     if moves and current == before:
@@ -208,23 +226,3 @@ def _append(root: Path, name: str, number: int, version: str, reason: str) -> bo
 
 def _history_store(root: Path, name: str) -> Store:
     return open_store(root.resolve() / "registry" / name / "history")
-
-
-# --- pull ------------------------------------------------------------------------------------------------
-
-
-def pull(uri: str, directory: Path) -> Located:
-    """Copy a model's bundle to a new folder, its digests checked, nothing of it executed."""
-    from vae.bundle import verify
-
-    if directory.exists() and any(directory.iterdir()):
-        raise ValueError(f"folder {str(directory)!r} is not empty: give a new one")
-    found = locate(uri)
-    files = verify({path.name: path.read_bytes() for path in found.folder.iterdir() if path.is_file()})
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, content in files.items():
-        (partial / name).write_bytes(content)
-    partial.replace(directory)
-    return Located(found.uri, directory, found.name, found.version)

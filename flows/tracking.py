@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flows.config import Command
 from flows.jobs import digest
+from flows.results import Result
 
 if TYPE_CHECKING:
     import mlflow
 
 logger = logging.getLogger("vae_flows.tracking")
+R = TypeVar("R", bound=Result)
 JOB_TAG = "vae_flows.job"
 FLUSH_SECONDS = 2.0  # a batch of metrics costs 0.1 s, a single one 0.02 s
 _active: ContextVar[Run | None] = ContextVar("run", default=None)
@@ -103,6 +106,10 @@ class Run:
         """A file as an artifact."""
         client().log_artifact(self.id, str(path), folder)
 
+    def sign(self, result: R) -> R:
+        """A flow's result with the run's id, if there is a run."""
+        return result.model_copy(update={"run_id": self._id})
+
     def close(self, status: str) -> None:
         """End the run, if it was ever begun."""
         if self._id is not None:
@@ -124,13 +131,13 @@ def client() -> mlflow.MlflowClient:
 
 def _unfinished(config: Command) -> str | None:
     """The run of an earlier attempt at this command that was stopped on the way, reopened."""
-    status = "attributes.status IN ('RUNNING', 'KILLED')"
-    query = f"tags.`{JOB_TAG}` = '{_job(config)}' and {status}"
-    found = client().search_runs([_experiment(config.root)], query, max_results=1, order_by=["start_time ASC"])
-    if not found:
+    query = f"tags.`{JOB_TAG}` = '{_job(config)}'"
+    runs = client().search_runs([_experiment(config.root)], query, order_by=["start_time ASC"])
+    stopped = [run.info.run_id for run in runs if run.info.status in ("RUNNING", "KILLED")]
+    if not stopped:
         return None
-    client().update_run(found[0].info.run_id, status="RUNNING")
-    return str(found[0].info.run_id)
+    client().update_run(stopped[0], status="RUNNING")
+    return str(stopped[0])
 
 
 def _create(config: Command) -> str:
@@ -149,8 +156,6 @@ def _job(config: Command) -> str:
 
 def _experiment(root: Path) -> str:
     """The id of MLFLOW_EXPERIMENT_NAME, or of 'vae-flows', created if it is new."""
-    import os
-
     import mlflow
 
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "vae-flows")

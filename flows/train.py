@@ -14,75 +14,63 @@ from typing import TYPE_CHECKING
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from pydantic import BaseModel
 
-from data.batches import resident
-from data.snapshot import Snapshot, open_snapshot
+from data.snapshot import open_snapshot, resident
 from data.store import Store
 from flows.config import Ingest, Train, narrow
 from flows.devices import pick_device
-from flows.ingest import ingest
+from flows.ingest import snapshot_of
 from flows.jobs import digest, job_store, lock, put_record, read_record
 from flows.progress import Advance, progress
+from flows.results import Ingested, Trained
 from flows.tracking import Run, tracked
 
 if TYPE_CHECKING:
-    import vae.train
+    from vae.config import ModelConfig
+    from vae.train import FitResult, Progress
 
 logger = logging.getLogger("vae_flows.train")
 KEEP_CHECKPOINTS = 2  # the newest may be damaged, so the one before it stays
-
-
-class Trained(BaseModel):
-    """A finished training: its job, the folder of the bundle, and how it went."""
-
-    job: str
-    bundle: Path
-    snapshot: str
-    fingerprint: str
-    weights: str
-    seconds: float
-    images_per_second: float
-    changed: bool = False
 
 
 @flow(name="train")
 def train(config: Train) -> Trained:
     """The model of this configuration and snapshot: found if it was trained before, else trained now."""
     with tracked(config) as run:
-        snapshot = ingest(narrow(Ingest, config))
-        job = training_job(config, snapshot)
-        with lock(config.root, f"train-{job}"):
+        ingested = snapshot_of(narrow(Ingest, config))
+        job = training_job(config, ingested)
+        with lock(config.root, job):
             if (record := read_record(job_store(config.root, job), "trained.json")) is not None:
                 logger.info("train: unchanged, job %s is trained", job)
-                return Trained(**record)
-            return fit_model(config, snapshot.uri, job, run)
+                return run.sign(Trained(**record))
+            return run.sign(fit_model(config, ingested, job, run))
 
 
-def training_job(config: Train, snapshot: Snapshot) -> str:
+def training_job(config: Train, ingested: Ingested) -> str:
     """The key of a training: the images, the model, the training. The device may differ."""
-    model = config.model_of(*geometry(snapshot)).to_dict()
-    return f"train-{digest(snapshot.fingerprint, model, config.training.to_dict())}"
+    model, training = model_of(config, ingested).to_dict(), config.training.to_dict()
+    return f"train-{digest(ingested.fingerprint, model, training)}"
 
 
-def geometry(snapshot: Snapshot) -> tuple[int, int, int]:
-    """(height, width, channels) of a snapshot's images."""
-    channels, height, width = snapshot.decode.geometry
-    return height, width, channels
+def model_of(config: Train, ingested: Ingested) -> ModelConfig:
+    """The model's configuration at the snapshot's geometry."""
+    channels, height, width = ingested.geometry
+    return config.model_of(height, width, channels)
 
 
 @task(cache_policy=NO_CACHE)
-def fit_model(config: Train, snapshot_uri: str, job: str, run: Run) -> Trained:
+def fit_model(config: Train, ingested: Ingested, job: str, run: Run) -> Trained:
     """Fit, commit the bundle, then the record that says so."""
     from vae.train import fit
 
-    snapshot = open_snapshot(snapshot_uri)
     store = job_store(config.root, job)
+    snapshot = open_snapshot(ingested.snapshot)
     images = {split: resident(snapshot, split).images for split in ("train", "validation")}
+    logger.info("train: %d images, job %s", len(images["train"]), job)
     started = time.monotonic()
     with stop_signal() as stop, progress("train") as advance:
         result = fit(
-            config.model_of(*geometry(snapshot)),
+            model_of(config, ingested),
             config.training,
             images["train"],
             validation=images["validation"],
@@ -92,31 +80,35 @@ def fit_model(config: Train, snapshot_uri: str, job: str, run: Run) -> Trained:
             progress=lambda event: report_progress(event, run, advance),
             stop=stop,
         )
-    seconds = time.monotonic() - started
-    return commit(store, job, snapshot, result, seconds)
+    return commit(store, job, ingested, result, time.monotonic() - started)
 
 
-def commit(store: Store, job: str, snapshot: Snapshot, result: vae.train.FitResult, seconds: float) -> Trained:
+def commit(store: Store, job: str, ingested: Ingested, result: FitResult, seconds: float) -> Trained:
     """The bundle's files, its manifest last, then the job's record; the checkpoints have served."""
     from vae.bundle import to_files, weights_digest
 
-    extra = {"decode": snapshot.decode.to_dict(), "dataset": snapshot.fingerprint, "source": snapshot.source}
+    extra = {
+        "decode": ingested.decode,
+        "dataset": ingested.fingerprint,
+        "source": ingested.source,
+        "generative": result.model.generative,
+    }
     files = to_files(result.model, extra)
     bundle = store.child("bundle")
     for name in sorted(files, key=lambda name: name == "manifest.json"):
         bundle.put_if_absent(name, files[name])
-    assert bundle.local is not None
     record = Trained(
         job=job,
-        bundle=bundle.local,
-        snapshot=snapshot.uri,
-        fingerprint=snapshot.fingerprint,
+        bundle=Path(bundle.url),
+        snapshot=ingested.snapshot,
+        fingerprint=ingested.fingerprint,
         weights=weights_digest(files),
         seconds=seconds,
-        images_per_second=result.images_seen / seconds,
+        images_per_second=(result.images_seen - result.resumed_at * result.images_seen / result.steps)
+        / seconds,
     )
-    put_record(store, "trained.json", record.model_dump(mode="json"))
-    for entry in list(store.list("checkpoints")):
+    put_record(store, "trained.json", record.model_dump(mode="json", exclude={"run_id", "changed"}))
+    for entry in list(store.entries("checkpoints")):
         store.delete(entry.path)
     return record.model_copy(update={"changed": True})
 
@@ -125,26 +117,27 @@ def save_checkpoint(store: Store, step: int, blob: bytes) -> None:
     """Commit a checkpoint, then remove all but the newest ones."""
     store.put_if_absent(f"checkpoints/{step:010d}.safetensors", blob)
     logger.info("train: checkpoint at step %d", step)
-    for entry in sorted(store.list("checkpoints"))[:-KEEP_CHECKPOINTS]:
+    for entry in sorted(store.entries("checkpoints"))[:-KEEP_CHECKPOINTS]:
         store.delete(entry.path)
 
 
 def read_checkpoints(store: Store) -> Iterator[bytes]:
     """The checkpoints, newest first."""
-    for entry in sorted(store.list("checkpoints"), reverse=True):
+    for entry in sorted(store.entries("checkpoints"), reverse=True):
+        logger.info("train: resuming from %s", entry.path)
         yield store.get(entry.path)
 
 
-def report_progress(event: vae.train.Progress, run: Run, advance: Advance) -> None:
+def report_progress(event: Progress, run: Run, advance: Advance) -> None:
     """One line of fit's history to MLflow and to the terminal."""
-    names = ("elbo", "log_likelihood", "kl", "loss", "beta") if event.split == "train" else ("elbo", "log_likelihood", "kl")
-    split = "train/epoch_" if event.split == "epoch" else f"{event.split}/"
-    run.log_metrics({split + name: getattr(event, name) for name in names}, event.step)
-    words = f"ELBO {event.elbo:.2f} KL {event.kl:.2f} nats, {event.images_per_second:,.0f} images/s"
+    names = ("elbo", "log_likelihood", "kl", "loss", "beta")[: 5 if event.split == "train" else 3]
+    prefix = "train/epoch_" if event.split == "epoch" else f"{event.split}/"
+    run.log_metrics({prefix + name: getattr(event, name) for name in names}, event.step)
+    words = f"epoch {event.epoch}/{event.epochs} ELBO {event.elbo:.2f} KL {event.kl:.2f} nats"
     if event.split == "validation":
-        logger.info("train: epoch %d/%d, validation %s", event.epoch, event.epochs, words.rsplit(",", 1)[0])
+        logger.info("train: validation, %s", words)
     else:
-        advance(event.step, event.steps, f"epoch {event.epoch}/{event.epochs} {words}")
+        advance(event.step, event.steps, f"{words}, {event.images_per_second:,.0f} images/s")
 
 
 @contextmanager

@@ -65,7 +65,9 @@ def test_functions_are_short() -> None:
 
 def test_no_registry_host_is_named() -> None:
     hosts = ("files." + "pythonhosted", "pypi." + "org", "registry." + "npmjs", "deb." + "debian.org")
-    tracked = subprocess.run(["git", "grep", "-lIiF", *(f"-e{host}" for host in hosts)], cwd=HOME, capture_output=True)
+    tracked = subprocess.run(
+        ["git", "grep", "-lIiF", *(f"-e{host}" for host in hosts)], cwd=HOME, capture_output=True
+    )
     assert tracked.stdout == b""
 
 
@@ -80,12 +82,17 @@ def test_no_registry_host_is_named() -> None:
 )
 def test_imports_load_nothing_heavy(statement: str, unwanted: set[str]) -> None:
     code = f"import sys; {statement}; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=HOME, capture_output=True, text=True, check=True)
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=HOME, capture_output=True, text=True, check=True
+    )
     assert not unwanted & {name.split(".")[0] for name in loaded.stdout.split()}
 
 
 def test_help_takes_under_half_a_second_of_cpu() -> None:
     code = "import resource, subprocess, sys; subprocess.run([sys.executable, '-m', 'flows.cli', '--help'], check=True)"
     code += "; used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime + used.ru_stime)"
-    runs = [subprocess.run([sys.executable, "-c", code], cwd=HOME, capture_output=True, text=True) for _ in range(3)]
+    runs = [
+        subprocess.run([sys.executable, "-c", code], cwd=HOME, capture_output=True, text=True)
+        for _ in range(3)
+    ]
     assert min(float(run.stdout.split()[-1]) for run in runs) < 0.5

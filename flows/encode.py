@@ -1,0 +1,131 @@
+"""Encode: every image of a source, streamed through a model into its latent table."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from functools import cache as cached
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from data.batches import stream
+from data.images import DecodePath
+from data.sources import limited
+from data.store import open_store
+from data.tables import SHARD_ROWS, EncodeJob, LatentColumns, encode_table, plan_encode
+from flows.config import Encode
+from flows.devices import pick_device
+from flows.ingest import open_images
+from flows.progress import progress
+from flows.registry import Located, locate
+from flows.results import Table, told
+from flows.tracking import tracked
+
+if TYPE_CHECKING:
+    from vae.encode import Encoder
+
+logger = logging.getLogger("vae_flows.encode")
+MEASURED_BATCHES = 8  # that an estimate of the time is made on
+OTHER_BYTES = 64  # a row's id, source, hash, split, label and size, about
+
+
+@flow(name="encode")
+def encode(config: Encode) -> Table:
+    """The latent table of a source and a model: found where it is complete, else the shards it lacks."""
+    with tracked(config) as run:
+        model = locate(config.model)
+        logger.info("encode: %s with %s", config.source, model.uri)
+        table = encode_images(config, model)
+        _tell(table)
+        if table.changed:
+            run.log_metrics({"encode/rows": table.rows, "encode/rejected": table.rejected})
+            run.log_json("latents.json", table.model_dump())
+        return run.sign(table)
+
+
+@task(cache_policy=NO_CACHE)
+def encode_images(config: Encode, model: Located) -> Table:
+    """Plan, then read, decode, encode and commit shard after shard."""
+    started = time.monotonic()
+    job = plan(config, model)
+    logger.info("encode: %d images in %d shards", job.plan.rows, len(job.plan.shards))
+    encoder = cached(lambda: load_encoder(config, model))  # a complete table needs none
+
+    def encode_batch(images: np.ndarray, ids: list[str]) -> dict[str, np.ndarray]:
+        latents = encoder().encode(images, ids, scores=config.scores, seed=config.seed)
+        return {name: value for name, value in vars(latents).items() if value is not None}
+
+    with progress("encode") as advance:
+        result = encode_table(
+            job,
+            encode_batch,
+            max_reject_share=config.max_reject_share,
+            progress=lambda at: advance(at.rows_done, at.rows, f"images, {at.rejected} rejected"),
+        )
+    return Table.of(result, time.monotonic() - started, model.uri)
+
+
+def load_encoder(config: Encode, model: Located) -> Encoder:
+    """The model on its device, ready to encode."""
+    import vae
+    from vae.encode import Encoder
+
+    return Encoder(vae.load(model.folder), pick_device(config.device))
+
+
+def plan(config: Encode, model: Located) -> EncodeJob:
+    """The table's plan: found where it is, decoded as the model's own images were."""
+    facts = model.facts()
+    source = limited(open_images(config), config.limit)
+    return plan_encode(
+        open_store(config.out or config.root.resolve() / "latents"),
+        source,
+        DecodePath.from_dict(facts["extra"]["decode"]),
+        columns(facts, config.scores),
+        name=model.name or source.name,
+        weights_sha256=facts["weights"],
+        lineage={"model": model.uri, "dataset": facts["extra"]["dataset"]},
+    )
+
+
+def columns(facts: dict[str, Any], scores: bool) -> LatentColumns:
+    """What this model gives for an image."""
+    levels = tuple(tuple(level) for level in facts["levels"])
+    generative = facts["extra"]["generative"]
+    return LatentColumns(
+        dims=sum(math.prod(level) for level in levels),
+        levels=levels,
+        logvar=generative,
+        kl=generative,
+        kl_levels=len(levels) > 1,
+        scores=scores and generative,
+    )
+
+
+def estimate(config: Encode) -> dict[str, Any]:
+    """What an encode would do: shards, bytes and seconds, the time measured on the first images."""
+    model = locate(config.model)
+    facts, encoder = model.facts(), load_encoder(config, model)
+    source = limited(open_images(config), config.limit)
+    rows = sum(batch.num_rows for batch in source.listing())
+    started, measured = time.monotonic(), 0
+    for batch in islice(stream(source, DecodePath.from_dict(facts["extra"]["decode"])), MEASURED_BATCHES):
+        encoder.encode(batch.images, batch.ids, scores=config.scores)
+        measured += len(batch.images)
+    seconds = (time.monotonic() - started) * rows / max(measured, 1)
+    fields = columns(facts, config.scores).fields()
+    width = OTHER_BYTES + sum((size or 1) * np.dtype(dtype).itemsize for _, size, dtype in fields)
+    shards = math.ceil(rows / SHARD_ROWS)
+    return {"images": rows, "shards": shards, "bytes": rows * width, "seconds": round(seconds, 1)}
+
+
+def _tell(table: Table) -> None:
+    state = "written" if table.changed else "unchanged"
+    logger.info("encode: %d rows %s: %s", table.rows, state, table.uri)
+    if table.rejected:
+        logger.warning("encode: %s", told(table))

@@ -1,0 +1,203 @@
+"""What each flow returns: a small record, printed as JSON or as a few lines."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel
+
+from data.snapshot import Snapshot
+from data.tables import TableResult
+
+
+class Result(BaseModel):
+    """A flow's outcome; `changed` is False when it found everything done, and then there may be no run."""
+
+    run_id: str | None = None
+    changed: bool = False
+
+    def summary(self) -> str:
+        """A few lines for a person."""
+        raise NotImplementedError
+
+
+class Ingested(Result):
+    """A snapshot: where it is, what is in it and what was refused."""
+
+    snapshot: str
+    name: str
+    fingerprint: str
+    source: str
+    geometry: tuple[int, int, int]
+    decode: dict[str, Any]
+    rows: int
+    counts: dict[str, int]
+    rejected: int
+    reasons: dict[str, int]
+    rejects: str | None
+    duplicates: int
+    leaked: int
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> Self:
+        """A snapshot's own record, less its files."""
+        fields = {name: getattr(snapshot, name) for name in cls.model_fields if hasattr(snapshot, name)}
+        return cls(
+            **fields | {"decode": snapshot.decode.to_dict()},
+            snapshot=snapshot.uri,
+            geometry=snapshot.decode.geometry,
+            rejects=snapshot.rejects_uri,
+        )
+
+    def summary(self) -> str:
+        counts = ", ".join(f"{n:,} {split}" for split, n in self.counts.items())
+        lines = [
+            f"snapshot {self.snapshot}",
+            f"  {self.rows:,} images ({counts}), {_geometry(self.geometry)}",
+        ]
+        lines.append(f"  {told(self)}, {self.duplicates:,} duplicates")
+        return _state(self) + "\n".join(lines)
+
+
+class Trained(Result):
+    """A finished training: its job, the folder of the bundle, and how it went."""
+
+    job: str
+    bundle: Path
+    snapshot: str
+    fingerprint: str
+    weights: str
+    seconds: float
+    images_per_second: float
+
+    def summary(self) -> str:
+        took = f"trained in {self.seconds:.0f} s, {self.images_per_second:,.0f} images/s"
+        return f"{_state(self)}model bundle {self.bundle}\n  {took}"
+
+
+class Scores(Result):
+    """What an evaluation found: each score with its standard error, and how it was made."""
+
+    job: str
+    model: str
+    snapshot: str
+    scores: dict[str, Any]
+    protocol: dict[str, Any]
+
+    @property
+    def headline(self) -> str:
+        """The score that models are compared by: the ELBO; an autoencoder has only its log-likelihood."""
+        return "elbo" if "elbo" in self.scores else "log_likelihood"
+
+    def scalars(self) -> dict[str, dict[str, Any]]:
+        """The scores that are one number."""
+        return {name: one for name, one in self.scores.items() if isinstance(one["value"], float | int)}
+
+    def summary(self) -> str:
+        title = f"{self.model} on {self.protocol['images']:,} {self.protocol['split']} images"
+        return f"{_state(self)}{title}, likelihoods in nats an image\n{self.table()}"
+
+    def table(self) -> str:
+        """The scores, a line each."""
+        return "\n".join(f"  {name:<20} {number(one)}" for name, one in self.scalars().items())
+
+
+class Table(Result):
+    """A complete table: where, how many rows, and what made it."""
+
+    uri: str
+    files: str
+    rows: int
+    rejected: int
+    reasons: dict[str, int]
+    rejects: str | None
+    bytes: int
+    seconds: float
+    model: str
+
+    @classmethod
+    def of(cls, result: TableResult, seconds: float, model: str) -> Self:
+        """A table from the store's own record of it."""
+        fields = {name: value for name, value in asdict(result).items() if name in cls.model_fields}
+        files = f"{result.uri}/{result.snapshot:06d}/part-*.parquet"
+        return cls(**fields | {"files": files}, rejects=result.rejects_uri, seconds=seconds, model=model)
+
+    def summary(self) -> str:
+        lines = [f"{self.rows:,} rows in {self.uri}", f"  made by {self.model}"]
+        return _state(self) + "\n".join([*lines, f"  {told(self)}", self.read()])
+
+    def read(self) -> str:
+        """The lines that read it."""
+        return f"  pandas.read_parquet({self.uri!r})\n  duckdb.sql(\"FROM '{self.files}'\")"
+
+
+class Verdict(Result):
+    """What the gate decided on a version, against which champion, and why in one line."""
+
+    version: str
+    champion: str
+    promoted: bool
+    reason: str
+
+
+class Pulled(Result):
+    """A bundle fetched from the registry."""
+
+    model: str
+    bundle: Path
+
+    def summary(self) -> str:
+        return f"{self.model} is in {self.bundle}\n  vae.load({str(self.bundle)!r})"
+
+
+class Retrained(Result):
+    """Everything a retrain leaves behind."""
+
+    model_name: str
+    version: str
+    model_uri: str
+    champion_uri: str
+    verdict: Verdict
+    ingested: Ingested
+    trained: Trained
+    scores: Scores
+    latents: Table | None
+    samples: Table | None
+
+    def summary(self) -> str:
+        verdict = "is champion" if self.verdict.promoted else "stays challenger"
+        lines = [
+            f"{_state(self)}{self.model_uri} {verdict}: {self.verdict.reason}",
+            f"scores on {self.scores.protocol['images']:,} test images, likelihoods in nats an image",
+            self.scores.table(),
+            f"images   {self.ingested.rows:,}, {told(self.ingested)}",
+        ]
+        for name, table in (("latents", self.latents), ("samples", self.samples)):
+            if table is not None:
+                lines.append(f"{name}  {table.rows:,} rows of {table.model} in {table.uri}\n{table.read()}")
+        return "\n".join([*lines, f"MLflow   run {self.run_id}" if self.run_id else "MLflow   no new run"])
+
+
+def told(result: Ingested | Table) -> str:
+    """How many were rejected, why, and where they are listed."""
+    if not result.rejected:
+        return "0 rejected"
+    reasons = ", ".join(f"{n} {reason}" for reason, n in result.reasons.items())
+    return f"{result.rejected:,} rejected ({reasons}; see {result.rejects})"
+
+
+def _state(result: Result) -> str:
+    return "" if result.changed else "nothing to do: all of this was there already\n"
+
+
+def _geometry(geometry: tuple[int, int, int]) -> str:
+    channels, height, width = geometry
+    return f"{height} x {width} pixels, {'grey' if channels == 1 else 'RGB'}"
+
+
+def number(score: dict[str, Any]) -> str:
+    """A score with its standard error."""
+    error = "" if score["stderr"] is None else f" +- {score['stderr']:.4g}"
+    return f"{score['value']:.6g}{error}"

@@ -1,0 +1,71 @@
+"""Sample: latents from the prior, decoded into a table of images."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import cache as cached
+
+import numpy as np
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+
+from data.store import open_store
+from data.tables import write_samples
+from flows.config import Sample
+from flows.devices import pick_device
+from flows.encode import columns
+from flows.progress import progress
+from flows.registry import Located, locate
+from flows.results import Table
+from flows.tracking import tracked
+
+logger = logging.getLogger("vae_flows.sample")
+
+
+@flow(name="sample")
+def sample(config: Sample) -> Table:
+    """The table of `count` images that a model's prior gives: found where it is complete, else written."""
+    with tracked(config) as run:
+        model = locate(config.model)
+        if not model.facts()["extra"]["generative"]:
+            raise ValueError(f"{model.uri} is an autoencoder, which has no prior to sample from")
+        logger.info("sample: %d images from %s", config.count, model.uri)
+        table = sample_images(config, model)
+        logger.info(
+            "sample: %d rows %s: %s", table.rows, "written" if table.changed else "unchanged", table.uri
+        )
+        if table.changed:
+            run.log_metrics({"sample/rows": table.rows})
+            run.log_json("samples.json", table.model_dump())
+        return run.sign(table)
+
+
+@task(cache_policy=NO_CACHE)
+def sample_images(config: Sample, model: Located) -> Table:
+    """Draw, decode and commit shard after shard."""
+    import vae
+
+    started = time.monotonic()
+    facts = model.facts()
+    network = cached(lambda: vae.load(model.folder))  # a complete table needs none
+
+    def draw(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        from vae.sample import sample as sample_model
+
+        device = pick_device(config.device)
+        return sample_model(network(), indices, config.seed, temperature=config.temperature, device=device)
+
+    with progress("sample") as advance:
+        result = write_samples(
+            open_store(config.out or config.root.resolve() / "samples"),
+            draw,
+            config.count,
+            name=model.name or "samples",
+            key={"weights_sha256": facts["weights"], "temperature": config.temperature},
+            seed=config.seed,
+            dims=columns(facts, scores=False).dims,
+            lineage={"model": model.uri, "dataset": facts["extra"]["dataset"]},
+            progress=lambda at: advance(at.rows_done, at.rows, "images"),
+        )
+    return Table.of(result, time.monotonic() - started, model.uri)
