@@ -333,7 +333,7 @@ class LadderConfig(ModelConfig):
 
     >>> config = LadderConfig(height=28, width=28, channels=1)
     >>> config.strides, config.levels
-    ((4, 7), (2, 1))
+    ((4, 7), (1, 1))
     """
 
     model: ClassVar[str] = "ladder"
@@ -373,7 +373,7 @@ def _default_ladder(height: int, width: int) -> dict[str, tuple[int, ...]]:
     stages = len(strides) + 1
     return {
         "strides": (*strides, max(side, 2)),
-        "hidden": (*(min(64 * 2**stage, 128) for stage in range(stages - 1)), 256),
-        "levels": (2,) * (stages - 1) + (1,),
+        "hidden": (*(min(32 * 2**stage, 128) for stage in range(stages - 1)), 128),
+        "levels": (1,) * stages,
         "latents": (4,) * (stages - 1) + (32,),
     }

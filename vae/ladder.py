@@ -191,9 +191,9 @@ class LadderVAE(Model):
     >>> from vae.model import build
     >>> vae = build(LadderConfig(height=28, width=28, channels=1))
     >>> vae.levels
-    ((32, 1, 1), (4, 7, 7), (4, 7, 7))
+    ((32, 1, 1), (4, 7, 7))
     >>> vae.infer(torch.zeros(2, 1, 28, 28, dtype=torch.uint8), noise=None).kl.shape
-    torch.Size([2, 3])
+    torch.Size([2, 2])
     """
 
     config: LadderConfig
