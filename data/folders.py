@@ -18,6 +18,7 @@ from data.images import LIMITS, Limits, Reject
 from data.sources import (
     LISTED,
     LISTING,
+    NATIVE,
     SPLIT_NAMES,
     SPLITS,
     Payload,
@@ -32,7 +33,6 @@ from data.sources import (
 )
 from data.store import Store, open_store
 
-NATIVE = (3, 64, 64)  # what files of any size become where the decode path leaves it open
 TABLES = tuple(f"{name}.{kind}" for name in ("metadata", "labels") for kind in ("csv", "jsonl", "parquet"))
 FILE_NAMES = ("file_name", "file", "path", "id")  # the column of a label table that names the image
 

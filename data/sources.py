@@ -8,6 +8,7 @@ Listing rows are all a worker needs, so shards are planned from them and read by
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from data.images import LIMITS, Limits, Reject
+from data.store import Entry, Store, open_store
 
 LISTING = pa.schema(
     [
@@ -50,40 +52,23 @@ SPLIT_NAMES = {
     "t10k": "test",
     "testing": "test",
 }
+NATIVE = (3, 64, 64)  # what image files become where the decode path leaves it open
 HELD_OUT = 0.1  # share of ids that each split the source lacks takes from its training ids
 
 KINDS = {
     "digits": "digits",
     "idx": "idx:DIR",
     "folder": "folder:DIR",
+    "tar": "tar:DIR",
+    "parquet": "parquet:DIR",
     "torchvision": "torchvision:NAME",
     "snapshot": "snapshot:DIR",
 }
 
 # Names of our own columns: a column passed through under one of them is called source_NAME.
 RESERVED = frozenset(
-    [
-        "id",
-        "source",
-        "content_hash",
-        "pixel_hash",
-        "split",
-        "label",
-        "width",
-        "height",
-        "image",
-        "mu",
-        "logvar",
-        "kl",
-        "kl_levels",
-        "log_likelihood",
-        "elbo",
-        "version",
-        "file",
-        "position",
-        "size",
-        "problem",
-    ]
+    {*LISTING.names, "source", "content_hash", "pixel_hash", "width", "height", "image"}
+    | {"mu", "logvar", "kl", "kl_levels", "log_likelihood", "elbo"}
 )
 
 Payload = Sequence[bytes | np.ndarray | Reject] | np.ndarray
@@ -126,7 +111,8 @@ class Source(Protocol):
 def open_source(uri: str, *, downloads: str | os.PathLike[str] = "downloads") -> Source:
     """The source that `uri` names; ValueError of one line when it is missing, empty or unreadable.
 
-    `digits`, `idx:DIR`, `folder:DIR`, `torchvision:NAME` (fetched under `downloads`) and `snapshot:DIR`.
+    `digits`, `idx:DIR`, `folder:DIR`, `tar:DIR` (WebDataset shards), `parquet:DIR`, `torchvision:NAME`
+    (fetched under `downloads`) and `snapshot:DIR`; DIR may be a URL of s3, gs or az but for idx.
 
     >>> source = open_source("digits")
     >>> source.native, sum(batch.num_rows for batch in source.listing())
@@ -303,6 +289,37 @@ def too_many_bytes(size: int, limits: Limits) -> Reject:
     return Reject("too_many_bytes", f"{size} bytes, over the cap of {limits.max_bytes}", "read")
 
 
+def find_files(place: str, suffix: str) -> tuple[Store, tuple[Entry, ...]]:
+    """The store of a folder or of a single file's folder, and the files in it that end with `suffix`."""
+    single = place.endswith(suffix)
+    folder, _, name = place.rpartition("/") if single else (place, "", "")
+    store = open_store(folder or ".").check()
+    if store.local is not None and not single:
+        check_folder(store.local)
+    if single:
+        entry = store.stat(name)
+        if entry is None:
+            raise ValueError(f"no file {store.uri(name)}: check the path")
+        return store, (entry,)
+    visible = (entry for entry in store.entries() if not re.search(r"(^|/)[._]", entry.path))
+    return store, tuple(entry for entry in visible if entry.path.endswith(suffix))
+
+
+def split_of(path: str) -> str | None:
+    """The split that a file's name or top folder tells of.
+
+    >>> split_of("train-00000-of-00002.parquet"), split_of("val/0.tar"), split_of("training_notes.tar")
+    ('train', 'validation', None)
+    """
+    top = re.split(r"[-./]", path, maxsplit=1)[0]
+    return SPLIT_NAMES.get(top)
+
+
+def stem(entry: Entry) -> str:
+    """A file's path without its extension, as the first part of its images' ids."""
+    return escape(entry.path.encode()).rsplit(".", 1)[0]
+
+
 def check_folder(folder: Path) -> None:
     """Refuse, in one line, a folder that is missing, a file, or unreadable."""
     if not folder.exists():
@@ -328,6 +345,14 @@ def _open(kind: str, place: str, downloads: Path) -> Source:
         from data.folders import open_folder
 
         return open_folder(place)
+    if kind == "tar":
+        from data.archives import open_tar
+
+        return open_tar(place)
+    if kind == "parquet":
+        from data.parquet import open_parquet
+
+        return open_parquet(place)
     from data.snapshot import SnapshotSource, open_snapshot
 
     return SnapshotSource(open_snapshot(place))

@@ -7,6 +7,7 @@ reader never sees half of one and a second writer never replaces the first one's
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import urlsplit
 
 import obstore
@@ -63,7 +64,7 @@ class Store:
         >>> open_store("memory://doc").child("a/b").uri("c")
         'memory://doc/a/b/c'
         """
-        return replace(self, url=self.uri(path), prefix=self._key(path))
+        return replace(self, url=self.uri(path), prefix=self.key(path))
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
         """Commit `data` whole under `path`; True if this call created it, False if it was there.
@@ -78,7 +79,7 @@ class Store:
         if self.local is not None:
             return _commit_local(self.local / path, data)
         try:
-            obstore.put(self.backend, self._key(path), data, mode="create")
+            obstore.put(self.backend, self.key(path), data, mode="create")
         except _PRESENT:
             return False
         return True
@@ -86,13 +87,25 @@ class Store:
     def get(self, path: str) -> bytes:
         """The object's bytes; FileNotFoundError if there is none."""
         try:
-            return bytes(obstore.get(self.backend, self._key(path)).bytes())
+            return bytes(obstore.get(self.backend, self.key(path)).bytes())
         except _ABSENT:
             raise FileNotFoundError(f"no object {self.uri(path)}") from None
 
     def get_range(self, path: str, start: int, end: int) -> bytes:
         """Bytes [start, end) of the object."""
-        return bytes(obstore.get_range(self.backend, self._key(path), start=start, end=end))
+        if start == end:
+            return b""
+        if self.local is not None:
+            with self.open(path) as file:
+                file.seek(start)
+                return file.read(end - start)
+        return bytes(obstore.get_range(self.backend, self.key(path), start=start, end=end))
+
+    def open(self, path: str) -> BinaryIO:
+        """The object as a file to read and seek in; a remote one is fetched as it is read."""
+        if self.local is not None:
+            return open(self.local / path, "rb")
+        return io.BufferedReader(_Remote(obstore.open_reader(self.backend, self.key(path))), 1 << 20)
 
     def exists(self, path: str) -> bool:
         return self.stat(path) is not None
@@ -100,7 +113,7 @@ class Store:
     def stat(self, path: str) -> Entry | None:
         """The object's size and version, or None when there is no such object."""
         try:
-            return _entry(path, obstore.head(self.backend, self._key(path)))
+            return _entry(path, obstore.head(self.backend, self.key(path)))
         except _ABSENT:
             return None
 
@@ -125,7 +138,7 @@ class Store:
     def delete(self, path: str) -> None:
         """Remove the object; no error if it is already gone."""
         with suppress(*_ABSENT):
-            obstore.delete(self.backend, self._key(path))
+            obstore.delete(self.backend, self.key(path))
 
     def check(self, *, write: bool = False) -> Store:
         """This store, or a ValueError of one line if it cannot be read (or, with `write`, written)."""
@@ -138,12 +151,13 @@ class Store:
                 raise ValueError(f"cannot read {self.url}: {first_line(error)}") from None
         return self
 
-    def _key(self, path: str) -> str:
+    def key(self, path: str) -> str:
+        """The path as the backend knows it."""
         return "/".join(part for part in (self.prefix, path) if part)
 
     def _list(self, prefix: str) -> Iterator[Entry]:
         cut = len(self.prefix) + 1 if self.prefix else 0
-        for page in obstore.list(self.backend, prefix=self._key(prefix) or None):
+        for page in obstore.list(self.backend, prefix=self.key(prefix) or None):
             yield from (_entry(meta["path"][cut:], meta) for meta in page)
 
 
@@ -197,6 +211,30 @@ def unseal(data: bytes, place: str = "record") -> dict[str, Any]:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, for a one-line report."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class _Remote(io.RawIOBase):
+    """obstore's reader as the raw stream that Python's own libraries and pyarrow take."""
+
+    def __init__(self, reader: obstore.ReadableFile):
+        self._reader = reader
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._reader.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._reader.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        data = bytes(self._reader.read(len(buffer)))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 @cache

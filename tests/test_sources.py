@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import io
+import json
 import os
 import struct
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -203,6 +207,156 @@ def test_every_name_comes_back_from_its_id(name: bytes) -> None:
     escape(name).encode()
 
 
+def png(value: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (value, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes | tarfile.TarInfo]) -> None:
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        for name, content in members.items():
+            if isinstance(content, tarfile.TarInfo):
+                archive.addfile(content)
+            else:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+
+
+def test_tar_shards_with_sidecars(tmp_path: Path) -> None:
+    long = "x" * 150
+    first = {"b.png": png(1), "b.cls": b"7", "b.txt": "é".encode(), "a.png": png(0), f"{long}.png": png(2)}
+    write_tar(tmp_path / "train-000.tar", first)  # type: ignore[arg-type]
+    write_tar(tmp_path / "test-000.tar", {"dir/a.png": png(3), "dir/a.cls": b"5"})
+    source = open_source(f"tar:{tmp_path}")
+    rows = rows_of(source)
+    assert rows["id"].to_pylist() == ["test-000/dir/a", "train-000/a", "train-000/b", f"train-000/{long}"]
+    assert rows["split"].to_pylist() == ["test", "train", "train", "train"]
+    assert rows["label"].to_pylist() == ["5", None, "7", None]
+    assert rows["txt"].to_pylist() == [None, None, "é", None]
+    assert source.columns.names == ["txt"]
+    assert read_all(source) == [png(3), png(0), png(1), png(2)]
+
+
+def test_bad_tars(tmp_path: Path) -> None:
+    link = tarfile.TarInfo("link.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    members = {"../up.png": png(0), "/root.png": png(1), "link.png": link, "ok.png": png(2), "z.png": png(3)}
+    write_tar(tmp_path / "a.tar", members)  # type: ignore[arg-type]
+    data = (tmp_path / "a.tar").read_bytes()
+    end = data.index(png(3)) + 10
+    (tmp_path / "a.tar").write_bytes(data[:end])
+    (tmp_path / "b.tar").write_bytes(b"garbage" * 1000)
+    source = open_source(f"tar:{tmp_path}")
+    got = dict(zip(ids_of(source), read_all(source), strict=True))
+    codes = {key: item.error for key, item in got.items() if isinstance(item, Reject)}
+    assert codes == {
+        "a/../up": "path_outside",
+        "a//root": "path_outside",
+        "a/link": "not_a_file",
+        "a/#end": "truncated",
+        "b/#end": "corrupt",
+    }
+    assert got["a/ok"] == png(2)
+    with tarfile.open(tmp_path / "c.tar", "w") as archive:
+        for value in (4, 5):
+            info = tarfile.TarInfo("same.png")
+            info.size = len(png(value))
+            archive.addfile(info, io.BytesIO(png(value)))
+    twice = open_source(f"tar:{tmp_path / 'c.tar'}")
+    assert [getattr(item, "error", None) for item in read_all(twice)] == [None, "duplicate_id"]
+    assert len(set(ids_of(twice))) == 2
+
+
+def test_compressed_tars_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.tar.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a.tar.gz is compressed: unpack it"):
+        open_source(f"tar:{tmp_path}")
+
+
+def test_parquet_with_hugging_face_images(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=["cat", "dog"]),
+            "id": datasets.Value("int64"),
+        }
+    )
+    images = [Image.new("RGB", (4, 4), (value, 0, 0)) for value in range(6)]
+    rows = {"image": images, "label": [0, 1, 0, 1, 0, 1], "id": list(range(6))}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    table.to_parquet(str(tmp_path / "train-00000-of-00001.parquet"), batch_size=2)
+    source = open_source(f"parquet:{tmp_path}")
+    listed = rows_of(source)
+    assert listed["id"][5].as_py() == "train-00000-of-00001/000000005"
+    assert listed["label"].to_pylist() == ["cat", "dog"] * 3
+    assert listed["source_id"].to_pylist() == list(range(6))
+    assert set(listed["split"].to_pylist()) == {"train"}
+    reds = [np.asarray(Image.open(io.BytesIO(item)))[0, 0, 0] for item in read_all(source)]  # type: ignore[arg-type]
+    assert reds == list(range(6))
+
+
+def test_parquet_of_plain_bytes(tmp_path: Path) -> None:
+    names = {"jpeg": [png(0), None, png(2)], "caption": ["a", "b", "c"], "split": ["train", "test", "valid"]}
+    pq.write_table(pa.table(names), tmp_path / "x.parquet", row_group_size=2)
+    source = open_source(f"parquet:{tmp_path / 'x.parquet'}")
+    listed = rows_of(source)
+    assert listed["split"].to_pylist() == ["train", "test", "validation"]
+    assert listed["caption"].to_pylist() == ["a", "b", "c"]
+    items = read_all(source)
+    assert (items[0], items[2]) == (png(0), png(2))
+    assert isinstance(items[1], Reject)
+    shuffled = listed.take(pa.array([2, 0])).combine_chunks().to_batches()[0]
+    assert source.read(shuffled) == [png(2), png(0)]
+    pq.write_table(pa.table({"a": [b"1"], "b": [b"2"], "c": [1]}), tmp_path / "y.parquet")
+    with pytest.raises(ValueError, match=r"it has a, b, c; write parquet:.*\?image=COLUMN"):
+        open_source(f"parquet:{tmp_path / 'y.parquet'}")
+    assert read_all(open_source(f"parquet:{tmp_path / 'y.parquet'}?image=b")) == [b"2"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_labels_from_a_table_beside(tmp_path: Path, kind: str) -> None:
+    make_tree(tmp_path, "a.png", "sub/b.png", "c.png")
+    rows = [
+        {"file_name": "sub/b.png", "label": "007", "split": "val", "author": "x", "size": 3},
+        {"file_name": "a.png", "label": "two", "split": "test", "author": "y", "size": 4},
+    ]
+    path = tmp_path / f"metadata.{kind}"
+    if kind == "csv":
+        path.write_text(
+            "file_name,label,split,author,size\n"
+            + "".join(",".join(map(str, r.values())) + "\n" for r in rows)
+        )
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    source = open_source(f"folder:{tmp_path}")
+    listed = rows_of(source)
+    assert listed["id"].to_pylist() == ["a.png", "c.png", "sub/b.png"]
+    assert listed["label"].to_pylist() == ["two", None, "007"]
+    assert listed["split"].to_pylist() == ["test", None, "validation"]
+    assert listed["author"].to_pylist() == ["y", None, "x"]
+    assert listed["source_size"].to_pylist() == [4, None, 3]
+    assert source.splits == {"test", "validation"}
+
+
+def test_label_tables_that_cannot_be_used(tmp_path: Path) -> None:
+    make_tree(tmp_path, "a.png")
+    (tmp_path / "labels.csv").write_text("label\n1\n")
+    with pytest.raises(ValueError, match="has no column file_name"):
+        open_source(f"folder:{tmp_path}")
+    (tmp_path / "labels.csv").write_text("file_name,label\na.png,1\na.png,2\n")
+    with pytest.raises(ValueError, match="more than once"):
+        open_source(f"folder:{tmp_path}")
+    (tmp_path / "labels.csv").write_text("file_name,label\na.png,1,2\n")
+    with pytest.raises(ValueError, match="cannot be read"):
+        open_source(f"folder:{tmp_path}")
+
+
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
@@ -215,6 +369,10 @@ def test_every_name_comes_back_from_its_id(name: bytes) -> None:
         ("snapshot:{0}/empty", "no complete snapshot"),
         ("snapshot:{0}/none", "no complete snapshot"),
         ("{0}/empty", "unknown source .*write folder:"),
+        ("tar:{0}/empty", "no .tar files in"),
+        ("tar:{0}/none.tar", "no file .*none.tar"),
+        ("parquet:{0}/empty", "no .parquet files in"),
+        ("parquet:{0}/none", "no folder"),
         ("mnist", "unknown source 'mnist': give one of digits, idx:DIR"),
         ("torchvision:NoSuchSet", "no data set 'NoSuchSet'"),
     ],
