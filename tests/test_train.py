@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vae import checkpoint, train
-from vae.config import AutoencoderConfig, FlatConfig, ModelConfig, TrainConfig
+from vae.config import AutoencoderConfig, FlatConfig, ModelConfig, TrainConfig, model_config
 from vae.evaluate import evaluate
 from vae.model import Model
 from vae.train import FitResult, Interrupted, NonFiniteLoss, Progress, fit
@@ -198,6 +198,14 @@ def test_images_that_do_not_fit_are_refused_before_any_work() -> None:
         fit(FLAT, SHORT, IMAGES.astype(np.float32))
     with pytest.raises(ValueError, match="no training images"):
         fit(FLAT, SHORT, IMAGES[:0])
+
+
+def test_the_bound_is_refused_where_it_cannot_be() -> None:
+    config = TrainConfig(objective="iwae", samples=2)
+    with pytest.raises(ValueError, match="objective='iwae' needs a posterior and a prior"):
+        fit(AutoencoderConfig.from_dict(GEOMETRY), config, IMAGES)
+    with pytest.raises(ValueError, match=r"gradient='dreg' is for one latent level .* set gradient='plain'"):
+        fit(model_config({"model": "ladder", "height": 9, "width": 8, "channels": 1}), config, IMAGES)
 
 
 def test_read_only_and_strided_arrays_train_alike() -> None:

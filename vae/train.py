@@ -148,6 +148,21 @@ def _check_images(config: ModelConfig, images: np.ndarray, validation: np.ndarra
             pixels.check(config, split)
 
 
+def _check_objective(model: Model, config: TrainConfig) -> None:
+    """The importance-weighted bound needs densities, and its DReG gradient a posterior of one level."""
+    if config.objective != "iwae":
+        return
+    if not model.generative:
+        raise ValueError(
+            f"objective='iwae' needs a posterior and a prior, which model={model.config.model!r} lacks"
+        )
+    if config.gradient == "dreg" and len(model.levels) > 1:
+        raise ValueError(
+            f"gradient='dreg' is for one latent level, and model={model.config.model!r} has "
+            f"{len(model.levels)}: set gradient='plain'"
+        )
+
+
 class _Run:
     """The state of one training run, and the steps that move it."""
 
@@ -164,6 +179,7 @@ class _Run:
         self.images = pixels.tensor(images).to(device)
         self.validation = None if validation is None else pixels.tensor(validation)
         self.model = build(model_config, config.seed).to(device)
+        _check_objective(self.model, config)
         self.model.initialize(self.images[:INITIAL_IMAGES])
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, fused=True)
         self.steps_per_epoch = math.ceil(len(images) / config.batch_size)
