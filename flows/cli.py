@@ -49,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    command = next((a for a in arguments if a in COMMANDS), None)
+    command = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if command is not None and command not in COMMANDS:
+        nearest = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown command {command!r}: did you mean {nearest!r}? (see vae-flows --help)")
     parser = _parser(command)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:

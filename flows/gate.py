@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from flows import registry
 from flows.jobs import lock, put_record, read_record
 from flows.results import Scores, Verdict
 
+logger = logging.getLogger("vae_flows.gate")
 SAME_PROTOCOL = ("likelihood", "binarize", "decode", "split", "dataset", "seed")
 
 
@@ -20,6 +22,7 @@ SAME_PROTOCOL = ("likelihood", "binarize", "decode", "split", "dataset", "seed")
 def gate(root: Path, name: str, version: str, challenger: Scores, holder: Scores | None) -> Verdict:
     """Judge a version once, and promote it if it won."""
     store = open_store(root.resolve() / "registry" / name / "gates")
+    logger.info("gate: judging %s version %s", name, version)
     with lock(root, f"gate-{name}"):
         before = registry.champion(name)
         if (record := read_record(store, f"{version}.json")) is None:

@@ -56,11 +56,21 @@ def pin(uri: str) -> str:
     """
     if not uri.startswith("models:/"):
         return uri
+    name, alias, version = parse(uri)
+    return f"models:/{name}/{version or _version_of(name, alias)}"
+
+
+def parse(uri: str) -> tuple[str, str, str]:
+    """(name, alias, version) of a registry URI, of which alias or version is ''.
+
+    >>> parse("models:/digits@champion")
+    ('digits', 'champion', '')
+    """
     match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
     if match is None:
         raise ValueError(f"model {uri!r} is not models:/NAME@ALIAS or models:/NAME/VERSION")
-    name, alias, version = match.groups()
-    return f"models:/{name}/{version or _version_of(name, alias)}"
+    name, alias, version = match.groups(default="")
+    return name, alias, version
 
 
 def locate(uri: str) -> Located:

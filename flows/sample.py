@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from functools import cache as cached
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from prefect import flow, task
@@ -15,12 +16,17 @@ from data.tables import write_samples
 from flows.config import Sample
 from flows.devices import pick_device
 from flows.encode import columns
+from flows.figures import grid
 from flows.progress import progress
 from flows.registry import Located, locate
 from flows.results import Table
 from flows.tracking import tracked
 
+if TYPE_CHECKING:
+    import vae
+
 logger = logging.getLogger("vae_flows.sample")
+SHOWN = 64  # images in the picture
 
 
 @flow(name="sample")
@@ -32,10 +38,11 @@ def sample(config: Sample) -> Table:
             raise ValueError(f"{model.uri} is an autoencoder, which has no prior to sample from")
         logger.info("sample: %d images from %s", config.count, model.uri)
         table = sample_images(config, model)
-        logger.info(
-            "sample: %d rows %s: %s", table.rows, "written" if table.changed else "unchanged", table.uri
-        )
+        state = "written" if table.changed else "unchanged"
+        logger.info("sample: %d rows %s: %s", table.rows, state, table.uri)
         if table.changed:
+            _, images = Sampler(config, model)(np.arange(min(config.count, SHOWN)))
+            run.log_bytes("samples.png", grid(images))
             run.log_metrics({"sample/rows": table.rows})
             run.log_json("samples.json", table.model_dump())
         return run.sign(table)
@@ -44,22 +51,12 @@ def sample(config: Sample) -> Table:
 @task(cache_policy=NO_CACHE)
 def sample_images(config: Sample, model: Located) -> Table:
     """Draw, decode and commit shard after shard."""
-    import vae
-
     started = time.monotonic()
     facts = model.facts()
-    network = cached(lambda: vae.load(model.folder))  # a complete table needs none
-
-    def draw(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        from vae.sample import sample as sample_model
-
-        device = pick_device(config.device)
-        return sample_model(network(), indices, config.seed, temperature=config.temperature, device=device)
-
     with progress("sample") as advance:
         result = write_samples(
             open_store(config.out or config.root.resolve() / "samples"),
-            draw,
+            Sampler(config, model),
             config.count,
             name=model.name or "samples",
             key={"weights_sha256": facts["weights"], "temperature": config.temperature},
@@ -69,3 +66,23 @@ def sample_images(config: Sample, model: Located) -> Table:
             progress=lambda at: advance(at.rows_done, at.rows, "images"),
         )
     return Table.of(result, time.monotonic() - started, model.uri)
+
+
+class Sampler:
+    """The samples of given indices; loads the model when first asked, since a complete table needs none."""
+
+    def __init__(self, config: Sample, model: Located):
+        self.config, self.model = config, model
+
+    @cached_property
+    def network(self) -> vae.Model:
+        import vae
+
+        return vae.load(self.model.folder)
+
+    def __call__(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """z (n, D) float32 and images (n, C, H, W) uint8."""
+        from vae.sample import sample as draw
+
+        config = self.config
+        return draw(self.network, indices, config.seed, config.temperature, pick_device(config.device))

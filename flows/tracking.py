@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -102,9 +103,12 @@ class Run:
         """A small JSON artifact."""
         client().log_dict(self.id, content, name)
 
-    def log_file(self, path: Path, folder: str | None = None) -> None:
-        """A file as an artifact."""
-        client().log_artifact(self.id, str(path), folder)
+    def log_bytes(self, name: str, content: bytes) -> None:
+        """A file of this content as an artifact."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, name)
+            path.write_bytes(content)
+            client().log_artifact(self.id, str(path))
 
     def sign(self, result: R) -> R:
         """A flow's result with the run's id, if there is a run."""

@@ -142,19 +142,24 @@ def report_progress(event: Progress, run: Run, advance: Advance) -> None:
 
 @contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM as a question that `fit` asks between steps, so that it stops with a checkpoint."""
-    stopped = threading.Event()
+    """Ctrl-C and SIGTERM as a question that `fit` asks between steps, so that it stops with a checkpoint.
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    The signal is raised again afterwards, for whoever else has to know.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
         logger.info("train: %s, stopping with a checkpoint", signal.Signals(number).name)
-        stopped.set()
+        received.append(number)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped.is_set
+    if threading.current_thread() is not threading.main_thread():  # the only one that may handle signals
+        yield lambda: False
         return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stopped.is_set
+        yield lambda: bool(received)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        for number in received[:1]:
+            signal.raise_signal(number)

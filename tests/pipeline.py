@@ -1,0 +1,57 @@
+"""Running the command line as a user does: a process of its own, its state under a root."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+SHORT = ("--epochs", "4", "--checkpoint-every", "10", "--importance-samples", "5", "--count", "16")
+
+
+def command(*arguments: object, root: Path) -> list[str]:
+    return [sys.executable, "-m", "flows.cli", *map(str, arguments), "--root", str(root)]
+
+
+def environment() -> dict[str, str]:
+    """The user's environment: only the session's Prefect server is kept, MLflow goes under the root."""
+    dropped = ("MLFLOW_TRACKING_URI", "PREFECT_API_DATABASE_CONNECTION_URL")
+    return {name: value for name, value in os.environ.items() if name not in dropped}
+
+
+def run(*arguments: object, root: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(*arguments, root=root), capture_output=True, text=True, env=environment())
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def run_json(*arguments: object, root: Path) -> dict[str, Any]:
+    return json.loads(run(*arguments, "--json", root=root).stdout)
+
+
+def signal_at(pattern: str, number: signal.Signals, *arguments: object, root: Path) -> tuple[int, str]:
+    """Run a command and send it a signal the moment a log line holds the pattern: exit code and log."""
+    process = subprocess.Popen(
+        command(*arguments, root=root),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    assert process.stderr is not None
+    guard = threading.Timer(300, process.kill)
+    guard.start()
+    log, sent = "", False
+    for line in process.stderr:
+        log += line
+        if not sent and pattern in line:
+            process.send_signal(number)
+            sent = True
+    guard.cancel()
+    assert sent, f"{pattern!r} was never logged:\n{log}"
+    return process.wait(), log

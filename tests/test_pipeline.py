@@ -1,0 +1,174 @@
+"""The whole, on real digits: one command, then each step on its own, then everything again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import mlflow
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import vae
+from tests.pipeline import SHORT, run, run_json
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, prefect_server: str) -> Path:
+    return tmp_path_factory.mktemp("root")
+
+
+@pytest.fixture(scope="module")
+def retrained(root: Path) -> dict[str, Any]:
+    return run_json("retrain", *SHORT, root=root)
+
+
+@pytest.fixture(scope="module")
+def client(root: Path, retrained: dict[str, Any]) -> Iterator[mlflow.MlflowClient]:
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
+    yield mlflow.MlflowClient()
+    mlflow.set_tracking_uri(before)
+
+
+def test_retrain_registers_a_champion(retrained: dict[str, Any], client: mlflow.MlflowClient) -> None:
+    version = client.get_model_version_by_alias("vae-digits", "champion")
+    assert retrained["model_uri"] == retrained["champion_uri"] == f"models:/vae-digits/{version.version}"
+    assert version.run_id == retrained["run_id"]
+    assert version.tags["dataset_digest"] == retrained["ingested"]["fingerprint"]
+    assert client.get_run(version.run_id).info.status == "FINISHED"
+
+
+def test_run_holds_parameters_inputs_metrics_and_artifacts(
+    retrained: dict[str, Any], client: mlflow.MlflowClient
+) -> None:
+    run = client.get_run(retrained["run_id"])
+    assert run.data.params["training.epochs"] == "4"
+    assert run.inputs.dataset_inputs[0].dataset.digest == retrained["ingested"]["fingerprint"]
+    assert run.data.metrics["test/elbo"] == retrained["scores"]["scores"]["elbo"]["value"]
+    assert run.data.metrics["test/elbo_stderr"] > 0
+    validation = client.get_metric_history(run.info.run_id, "validation/elbo")
+    assert len(validation) == 4
+    assert validation[-1].value > validation[0].value
+    names = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+    assert {"gate.json", "latents.json", "samples.json", "samples.png", "evaluation-test.json"} <= names
+
+
+def test_latent_table_reads_everywhere(retrained: dict[str, Any]) -> None:
+    from datasets import load_dataset
+
+    table = retrained["latents"]
+    assert table["rows"] == 1797
+    dims = 16
+    by_pandas = pd.read_parquet(table["uri"])
+    assert len(by_pandas) == 1797
+    assert by_pandas["id"].is_unique
+    assert np.stack(by_pandas["mu"].to_numpy()).shape == (1797, dims)
+    assert set(by_pandas["split"]) == {"train", "validation", "test"}
+    assert duckdb.sql(f"SELECT count(DISTINCT id) FROM '{table['files']}'").fetchall() == [(1797,)]
+    assert pl.read_parquet(table["files"])["mu"].dtype == pl.Array(pl.Float32, dims)
+    loaded = load_dataset("parquet", data_files=table["files"], split="train")
+    assert (len(loaded), len(loaded[0]["mu"])) == (1797, dims)
+
+
+def test_latents_are_those_of_the_model(retrained: dict[str, Any]) -> None:
+    model = vae.load(retrained["trained"]["bundle"])
+    table = pd.read_parquet(retrained["latents"]["uri"]).sort_values("id")
+    digits = np.rint(load_digits().images[:, None] * 255 / 16).astype(np.uint8)
+    expected = vae.Encoder(model, "cpu").encode(digits, list(table["id"])).mu
+    np.testing.assert_allclose(np.stack(table["mu"].to_numpy()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sample_table_holds_images(retrained: dict[str, Any]) -> None:
+    from datasets import load_dataset
+
+    samples = load_dataset("parquet", data_files=retrained["samples"]["files"], split="train")
+    assert len(samples) == 16
+    assert samples[0]["image"].size == (8, 8)
+    assert len(samples[0]["z"]) == 16
+
+
+def test_again_does_nothing(root: Path, retrained: dict[str, Any], client: mlflow.MlflowClient) -> None:
+    runs = len(client.search_runs(["1"]))
+    again = run_json("retrain", *SHORT, root=root)
+    assert not again["changed"]
+    assert again["run_id"] is None
+    assert again["latents"]["uri"] == retrained["latents"]["uri"]
+    assert len(client.search_runs(["1"])) == runs
+    assert len(client.search_model_versions("name = 'vae-digits'")) == 1
+
+
+def test_each_step_is_a_command(root: Path, tmp_path: Path) -> None:
+    ingested = run_json("ingest", "--limit", 500, root=root)
+    assert (ingested["rows"], ingested["rejected"], ingested["changed"]) == (500, 0, True)
+    source = f"snapshot:{ingested['snapshot']}"
+    trained = run_json("train", "--source", source, *SHORT[:4], root=root)
+    scores = run_json("evaluate", "--model", trained["bundle"], "--source", source, root=root)
+    assert scores["protocol"]["images"] == ingested["counts"]["test"]
+    encoded = run_json("encode", "--model", trained["bundle"], "--out", tmp_path / "latents", root=root)
+    assert encoded["rows"] == 1797
+    assert encoded["uri"].startswith(str(tmp_path / "latents"))
+    sampled = run_json("sample", "--model", trained["bundle"], "--count", 7, "--seed", 3, root=root)
+    assert sampled["rows"] == 7
+
+
+def test_dry_run_of_encode_estimates(root: Path, retrained: dict[str, Any]) -> None:
+    planned = run_json("encode", "--model", "models:/vae-digits@champion", "--dry-run", root=root)
+    assert planned["estimate"]["images"] == 1797
+    assert planned["estimate"]["shards"] == 1
+    assert 0.3 < planned["estimate"]["bytes"] / retrained["latents"]["bytes"] < 3
+
+
+def test_more_images_make_a_new_snapshot_and_version(tmp_path: Path, prefect_server: str) -> None:
+    images, root = tmp_path / "images", tmp_path / "root"
+    write_digits(images, 300)
+    size = ("--source", f"folder:{images}", "--height", 8, "--width", 8, "--channels", 1)
+    first = run_json("retrain", *size, *SHORT, root=root)
+    write_digits(images, 400)
+    second = run_json("retrain", *size, *SHORT, root=root)
+    assert first["ingested"]["fingerprint"] != second["ingested"]["fingerprint"]
+    assert (first["version"], second["version"]) == ("1", "2")
+    assert second["latents"]["rows"] == 400
+    assert "champion's" in second["verdict"]["reason"]
+
+
+def write_digits(folder: Path, count: int) -> None:
+    digits = load_digits()
+    for index in range(count):
+        pixels = np.rint(digits.images[index] * 255 / 16).astype(np.uint8)
+        place = folder / str(digits.target[index])
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place / f"{index:04d}.png")
+
+
+def test_pulled_bundle_loads_and_pyfunc_agrees(
+    root: Path, retrained: dict[str, Any], client: mlflow.MlflowClient, tmp_path: Path
+) -> None:
+    run("pull", "models:/vae-digits@champion", tmp_path / "bundle", root=root)
+    images = np.rint(load_digits().images[:5, None] * 255 / 16).astype(np.uint8)
+    expected = vae.Encoder(vae.load(tmp_path / "bundle"), "cpu").encode(images, range(5)).mu
+    model = mlflow.pyfunc.load_model("models:/vae-digits@champion")
+    latents = model.predict(images)
+    assert latents.dtype == np.float32
+    np.testing.assert_array_equal(latents, expected)
+    with pytest.raises(mlflow.MlflowException, match=r"\(5, 1, 9, 9\).*\(-1, 1, 8, 8\)"):
+        model.predict(np.zeros((5, 1, 9, 9), np.uint8))
+
+
+def test_registered_model_carries_its_requirements(root: Path, client: mlflow.MlflowClient) -> None:
+    folder = mlflow.artifacts.download_artifacts("models:/vae-digits@champion")
+    requirements = (Path(folder) / "requirements.txt").read_text().split()
+    assert {line.split("==")[0] for line in requirements} == {"mlflow", "numpy", "safetensors", "torch"}
+
+
+def test_json_is_all_of_standard_output(root: Path) -> None:
+    assert os.environ["PREFECT_API_URL"]
+    json.loads(run("ingest", "--json", root=root).stdout)
