@@ -71,14 +71,15 @@ def check(config: Command) -> None:
 
 
 def _check_model(config: WithModel | Pull) -> None:
-    local = os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")
-    registry = os.environ.get("MLFLOW_REGISTRY_URI") or not local.startswith("/") or os.path.exists(local)
-    if config.model.startswith("models:/") and not registry:  # looking would create an empty database
-        raise ValueError(
-            f"no model {config.model!r}: there is no registry under root {str(config.root)!r} yet"
-        )
-    from flows.registry import locate
+    from flows.registry import locate, parse
 
+    if config.model.startswith("models:/"):
+        parse(config.model)
+        database = os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")
+        elsewhere = "MLFLOW_REGISTRY_URI" in os.environ or "://" in database
+        if not elsewhere and not os.path.exists(database):  # looking would create it
+            root = str(config.root)
+            raise ValueError(f"no model {config.model!r}: there is no registry under root {root!r} yet")
     locate(config.model)
 
 
