@@ -26,7 +26,8 @@ def test_everything_comes_back_to_the_bit() -> None:
 
 def test_equal_state_gives_equal_bytes() -> None:
     turned = dict(reversed(TENSORS.items()))
-    assert checkpoint.pack(TENSORS, FACTS) == checkpoint.pack(turned, dict(reversed(FACTS.items())))
+    first = checkpoint.pack(TENSORS, FACTS)
+    assert all(first == checkpoint.pack(turned, dict(reversed(FACTS.items()))) for _ in range(20))
 
 
 def test_any_flipped_bit_is_found() -> None:

@@ -171,7 +171,7 @@ def test_nothing_non_finite_reaches_a_checkpoint(monkeypatch: pytest.MonkeyPatch
     def poison(run: train._Run, batch: torch.Tensor) -> None:
         original(run, batch)
         if run.step == 7:
-            target = run.interval.sums if poisoned == "loss" else next(run.model.parameters()).data
+            target = run.meter.interval if poisoned == "loss" else next(run.model.parameters()).data
             target[...] = float("nan")
 
     monkeypatch.setattr(train._Run, "train_step", poison)
@@ -204,7 +204,7 @@ def test_the_bound_is_refused_where_it_cannot_be() -> None:
     config = TrainConfig(objective="iwae", samples=2)
     with pytest.raises(ValueError, match="objective='iwae' needs a posterior and a prior"):
         fit(AutoencoderConfig.from_dict(GEOMETRY), config, IMAGES)
-    with pytest.raises(ValueError, match=r"gradient='dreg' is for one latent level .* set gradient='plain'"):
+    with pytest.raises(ValueError, match=r"gradient='dreg' is for one latent level, .* set gradient='plain'"):
         fit(model_config({"model": "ladder", "height": 9, "width": 8, "channels": 1}), config, IMAGES)
 
 

@@ -1,7 +1,7 @@
 """A checkpoint is one safetensors blob that can tell whether it is whole.
 
-Tensors as they are, everything else as JSON in the metadata, and a SHA-256 of the entire blob (taken with
-the digest's own place filled by zeros), so that no flipped bit anywhere goes unseen.
+Tensors as they are, everything else as one more tensor of JSON bytes, and in the metadata a SHA-256 of the
+entire blob (taken with the digest's own place filled by zeros), so that no flipped bit goes unseen.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+_FACTS = "facts.json"
 _ZEROS = b"0" * 64
 _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 
@@ -23,14 +25,15 @@ _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 def pack(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bytes:
     """One blob of tensors and JSON-able facts; the same input gives the same bytes.
 
-    >>> import torch
     >>> tensors, facts = unpack(pack({"w": torch.ones(2)}, {"step": 3}))
     >>> tensors["w"], facts
     (tensor([1., 1.]), {'step': 3})
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"facts": json.dumps(facts, sort_keys=True), "sha256": _ZEROS.decode()}
-    blob = safetensors.torch.save(contiguous, metadata=metadata)
+    text = json.dumps(facts, sort_keys=True).encode()
+    contiguous[_FACTS] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    # the one entry of the metadata: with two, safetensors would order them at random
+    blob = safetensors.torch.save(contiguous, metadata={"sha256": _ZEROS.decode()})
     place = _place(blob)
     return blob[:place] + hashlib.sha256(blob).hexdigest().encode() + blob[place + 64 :]
 
@@ -50,18 +53,12 @@ def unpack(blob: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = safetensors.torch.load(blob)
     except SafetensorError as error:
         raise ValueError(f"checkpoint is damaged: {error}") from error
-    return tensors, json.loads(_metadata(blob)["facts"])
-
-
-def _metadata(blob: bytes) -> dict[str, str]:
-    """safetensors: 8 bytes of header length, a JSON header, the data."""
-    size = int.from_bytes(blob[:8], "little")
-    metadata: dict[str, str] = json.loads(blob[8 : 8 + size])["__metadata__"]
-    return metadata
+    facts = json.loads(tensors.pop(_FACTS).numpy().tobytes())
+    return tensors, facts
 
 
 def _place(blob: bytes) -> int:
-    """Where the digest stands: within the header, and once."""
+    """Where the digest stands: in the header, which follows 8 bytes of its length, and once."""
     size = int.from_bytes(blob[:8], "little")
     found = list(_DIGEST.finditer(blob, 8, min(8 + size, len(blob))))
     if len(found) != 1:

@@ -83,7 +83,8 @@ def attribute_direction(
     if len(attribute) != len(latents) or np.ptp(attribute) == 0:
         raise ValueError(
             f"{len(attribute)} values of the attribute for {len(latents)} latents, "
-            f"{len(np.unique(attribute))} of them distinct: a direction needs one value each and two distinct ones"
+            f"{len(np.unique(attribute))} of them distinct: "
+            "a direction needs one value each and two distinct ones"
         )
     columns = [np.ones(len(latents)), attribute]
     causes = np.column_stack(columns if others is None else [*columns, np.asarray(others, np.float64)])

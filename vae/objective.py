@@ -94,7 +94,7 @@ def dreg_loss(inference: Inference, log_likelihood: Tensor, draws: int) -> Tenso
     """-L_K averaged over the batch, with the doubly reparameterized gradient of Tucker et al. 2018.
 
     For phi:   sum_k w~_k^2 (d log w_k / d z_k) (d z_k / d phi),  w~_k = w_k / sum_j w_j,
-    for theta: sum_k w~_k d log w_k / d theta, as in Burda et al. 2016, equation (14).
+    for theta: sum_k w~_k d log w_k / d theta, as in Burda et al. 2016, section 3.
 
     Two things give both in one backward pass. log q is taken at phi held fixed, so phi is reached through z
     alone. A hook multiplies the gradient that arrives at z by w~ once more, after theta has had its share.

@@ -84,22 +84,30 @@ class NonFiniteLoss(ArithmeticError):
 
 
 class Meter:
-    """Sums of an image's terms, kept on the device in float64 and read only when asked."""
+    """Sums over images in float64: an interval's on the device, read when it ends; an epoch's on the host."""
 
     def __init__(self, device: torch.device | str):
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.interval = torch.zeros(4, dtype=torch.float64, device=device)
+        self.epoch = torch.zeros(4, dtype=torch.float64)
 
     def add(self, now: Terms, loss: Tensor, images: int) -> None:
-        """Add a batch; rows beyond one an image are draws, and averaged."""
-        log_likelihood, kl = now.log_likelihood.detach().mean(), now.kl.detach().sum(1).mean()
-        self.sums += images * torch.stack([torch.ones_like(kl), log_likelihood, kl, loss.detach()])
+        """Add a batch, without waiting for the device; rows beyond one an image are draws, and averaged."""
+        with torch.no_grad():
+            log_likelihood, kl = now.log_likelihood.mean(), now.kl.sum(1).mean()
+            self.interval += images * torch.stack([torch.ones_like(kl), log_likelihood, kl, loss])
 
-    def read(self) -> tuple[float, float, float]:
-        """(log_likelihood, kl, loss), means over the images added since the last reading."""
-        images, *sums = self.sums.tolist()
-        self.sums.zero_()
-        log_likelihood, kl, loss = (total / images for total in sums)
-        return log_likelihood, kl, loss
+    def read_interval(self) -> tuple[float, ...]:
+        """(log_likelihood, kl, loss), means over the images since the last reading."""
+        sums = self.interval.cpu().clone()
+        self.epoch += sums
+        self.interval.zero_()
+        return tuple((sums[1:] / sums[0]).tolist())
+
+    def read_epoch(self) -> tuple[float, ...]:
+        """The same over the intervals read since the last epoch."""
+        means = tuple((self.epoch[1:] / self.epoch[0]).tolist())
+        self.epoch.zero_()
+        return means
 
 
 def _ignore(_: Progress) -> None:
@@ -185,7 +193,7 @@ class _Run:
         self.steps_per_epoch = math.ceil(len(images) / config.batch_size)
         self.steps = config.epochs * self.steps_per_epoch
         self.step = self.images_seen = 0
-        self.interval, self.whole_epoch = Meter(device), Meter(device)
+        self.meter = Meter(device)
         self.history: list[Progress] = []
         self.identity = {
             "model": model_config.to_dict(),
@@ -229,8 +237,7 @@ class _Run:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.interval.add(now, loss, len(batch))
-        self.whole_epoch.add(now, loss, len(batch))
+        self.meter.add(now, loss, len(batch))
         self.step += 1
         self.images_seen += len(batch)
 
@@ -243,14 +250,14 @@ class _Run:
         """Read the meters when a logging interval or an epoch ends."""
         epoch_ends = self.step % self.steps_per_epoch == 0
         if self.step % self.config.log_every == 0 or epoch_ends:
-            self._record("train", *self.interval.read())
+            self._record("train", *self.meter.read_interval())
         if epoch_ends:
-            self._record("epoch", *self.whole_epoch.read())
+            self._record("epoch", *self.meter.read_epoch())
             if self.validation is not None:
-                self._record("validation", *self._validate(self.validation), None)
+                self._record("validation", *self._validate(self.validation))
             self._timed_from = (time.perf_counter(), self.images_seen)
 
-    def _record(self, split: str, log_likelihood: float, kl: float, loss: float | None) -> None:
+    def _record(self, split: str, log_likelihood: float, kl: float, loss: float | None = None) -> None:
         since, before = self._timed_from
         line = Progress(
             split=split,
@@ -300,7 +307,7 @@ class _Run:
         for index, parameter in enumerate(self.model.parameters()):
             for name, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{index}.{name}"] = value
-        tensors |= {"meter.interval": self.interval.sums, "meter.epoch": self.whole_epoch.sums}
+        tensors |= {"meter.interval": self.meter.interval, "meter.epoch": self.meter.epoch}
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise NonFiniteLoss(f"{name} is not finite after step {self.step}: no checkpoint was taken")
@@ -333,8 +340,8 @@ class _Run:
                 saved = tensors.get(f"optimizer.{index}.{name}")
                 if saved is not None:
                     self.optimizer.state[parameter][name] = _laid_out_as(parameter, saved)
-        self.interval.sums.copy_(tensors["meter.interval"])
-        self.whole_epoch.sums.copy_(tensors["meter.epoch"])
+        self.meter.interval.copy_(tensors["meter.interval"])
+        self.meter.epoch.copy_(tensors["meter.epoch"])
         self.step, self.images_seen = facts["step"], facts["images_seen"]
         self.history = [Progress(**line) for line in facts["history"]]
 
