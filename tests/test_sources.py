@@ -8,6 +8,7 @@ import json
 import os
 import struct
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -424,3 +425,11 @@ def test_limit_is_a_stable_subset_of_every_class(tmp_path: Path) -> None:
     assert rows_of(limited(digits, 5000)).num_rows == 1797
     with pytest.raises(ValueError, match="limit 0"):
         limited(digits, 0)
+
+
+def test_a_limited_source_keeps_every_split() -> None:
+    digits = open_source("digits")
+    ids = [key for rows in limited(digits, 500).listing() for key in rows["id"].to_pylist()]
+    splits = Counter(assign_splits(ids, [None] * len(ids), digits.splits))
+    assert len(ids) == 500
+    assert all(splits[name] > 20 for name in ("train", "validation", "test"))
