@@ -67,6 +67,7 @@ def test_bad_models_are_refused(fields: dict[str, object], message: str) -> None
         ({"objective": "iwae", "beta": 2.0}, r"objective='iwae' .* takes no beta"),
         ({"samples": 5}, r"samples=5 needs objective='iwae'"),
         ({"beta_schedule": "warmup"}, r"a warm-up needs both"),
+        ({"kl_balancing": True}, r"it needs beta_schedule='warmup' or 'cyclic'"),
         ({"warmup_epochs": 3.0}, r"a warm-up needs both"),
     ],
 )

@@ -100,7 +100,7 @@ def test_each_term_alone_trains_what_it_should(prior: str) -> None:
     "config",
     [
         TrainConfig(),
-        TrainConfig(beta=4.0, free_bits=0.01, kl_balancing=True),
+        TrainConfig(beta=4.0, beta_schedule="cyclic", free_bits=0.01, kl_balancing=True),
         TrainConfig(objective="iwae", samples=3, gradient="plain"),
         TrainConfig(objective="iwae", samples=3, gradient="dreg"),
     ],

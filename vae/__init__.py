@@ -11,6 +11,7 @@ from typing import Any
 _EXPORTS = {
     "AutoencoderConfig": "vae.config",
     "FlatConfig": "vae.config",
+    "LadderConfig": "vae.config",
     "ModelConfig": "vae.config",
     "TrainConfig": "vae.config",
     "model_config": "vae.config",

@@ -286,6 +286,10 @@ class TrainConfig(Config):
             raise ValueError(
                 f"samples={self.samples} needs objective='iwae': the ELBO is trained with one sample"
             )
+        if self.kl_balancing and self.beta_schedule == "constant":
+            raise ValueError(
+                "kl_balancing acts while beta rises: it needs beta_schedule='warmup' or 'cyclic'"
+            )
         if (self.beta_schedule == "warmup") != (self.warmup_epochs > 0):
             raise ValueError(
                 f"beta_schedule={self.beta_schedule!r} does not fit warmup_epochs={self.warmup_epochs:g}: "
