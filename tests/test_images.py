@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from data import images
 from data.images import DecodePath, Limits, Rejected, decode, fit_pixels
 
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")  # broken metadata is told of, and decoded
@@ -261,6 +262,28 @@ def test_mutated_images_are_each_accounted_for() -> None:
     rng = np.random.default_rng(1)
     outcomes = [account(mutate(SAMPLES[i % len(SAMPLES)], rng)) for i in range(3_000)]
     assert 300 < sum(outcomes) < 2_900
+
+
+def test_fast_decoders_give_pillows_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On whole and mutated files alike: the same pixels, or the same reject."""
+    big = Image.fromarray(COLOUR).resize((77, 51))
+    options: list[dict[str, Any]] = [{}, {"subsampling": 0}, {"subsampling": 1, "progressive": True}]
+    whole = [file_of(big, "JPEG", **option) for option in options] + [file_of(Image.fromarray(GREY), "JPEG")]
+    whole += [file_of(big, "PNG"), file_of(Image.fromarray(GREY), "PNG"), file_of(big.quantize(9), "PNG")]
+    rng = np.random.default_rng(3)
+    files = [*whole, *(mutate(whole[i % len(whole)], rng) for i in range(1_000))]
+    fast = [outcome(data) for data in files]
+    assert images.fast_png(whole[4]) is not None
+    monkeypatch.setattr(images, "_opencv", lambda: None)
+    monkeypatch.setattr(images, "_simplejpeg", lambda: None)
+    assert [outcome(data) for data in files] == fast
+
+
+def outcome(data: bytes) -> bytes | str:
+    try:
+        return decode(data, DecodePath(51, 77, 3)).pixels.tobytes()
+    except Rejected as error:
+        return error.reject.error
 
 
 @pytest.mark.slow

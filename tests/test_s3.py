@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from obstore.exceptions import BaseError
 from PIL import Image
 
 from data.images import DecodePath
@@ -58,7 +59,7 @@ def bucket(moto: str, request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
 
 
 class Proxy(ThreadingHTTPServer):
-    """Passes requests on, but for those to which `fate(method, n)` says cut, swallow or half."""
+    """Passes requests on, but for those to which `fate(method, n)` says cut or swallow."""
 
     daemon_threads = True
 
@@ -84,13 +85,15 @@ class Handler(BaseHTTPRequestHandler):
             fate = self.server.fate(self.command, self.server.count)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if fate == "cut":
-            return self._hang_up()
+            self._hang_up()
+            return
         onward = http.client.HTTPConnection(self.server.target, timeout=30)
         onward.request(self.command, self.path, body, dict(self.headers))
         answer = onward.getresponse()
         data = answer.read()
         if fate == "swallow":
-            return self._hang_up()
+            self._hang_up()
+            return
         self.send_response_only(answer.status)
         for key, value in answer.getheaders():
             if key.lower() not in ("transfer-encoding", "connection", "content-length"):
@@ -98,8 +101,7 @@ class Handler(BaseHTTPRequestHandler):
         length = answer.headers["Content-Length"] if self.command == "HEAD" else len(data)
         self.send_header("Content-Length", str(length or 0))
         self.end_headers()
-        self.wfile.write(data[: len(data) // 2] if fate == "half" else data)
-        return self._hang_up() if fate == "half" else None
+        self.wfile.write(data)
 
     do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _pass
 
@@ -217,16 +219,23 @@ def test_other_readers_take_the_files(bucket: str, moto: str) -> None:
     assert sum(pq.read_table(path, filesystem=remote).num_rows for path in paths) == 12
 
 
-@pytest.mark.parametrize("fate", ["cut", "swallow", "half"])
-def test_a_connection_lost_at_each_request(proxy: Proxy, bucket: str, fate: str) -> None:
+@pytest.mark.parametrize(
+    ("fate", "stride"),
+    [
+        ("cut", 9),
+        ("swallow", 7),
+        *(pytest.param(fate, 1, marks=pytest.mark.slow) for fate in ("cut", "swallow")),
+    ],
+)
+def test_a_connection_lost_at_each_request(proxy: Proxy, bucket: str, fate: str, stride: int) -> None:
     """At each request of an encode in turn: it ends well, at once or when it is run again."""
     source = fill(open_store(f"{bucket}/images"), range(12))
-    for when in range(1, 200):
+    for when in range(1, 500, stride):
         proxy.count, proxy.fate = 0, lambda _, number, when=when: fate if number == when else "pass"
         tables = open_store(f"{bucket}/latents-{when}")
         try:
             result = run(source, tables)
-        except Exception:
+        except (OSError, ValueError, BaseError):
             result = None
         requests, proxy.fate = proxy.count, lambda *_: "pass"
         result = result or run(source, tables)
@@ -242,13 +251,13 @@ def test_a_bad_network_loses_nothing(proxy: Proxy, bucket: str) -> None:
     images = open_store(f"{bucket}/images")
     source = fill(images, range(40))
     rng = np.random.default_rng(0)
-    fates = ["cut", "swallow", "half", *["pass"] * 12]
+    fates = ["cut", "swallow", *["pass"] * 8]
     proxy.fate = lambda *_: fates[rng.integers(len(fates))]
-    for _ in range(20):
+    for _ in range(30):
         try:
             run(source, open_store(f"{bucket}/latents"))
             break
-        except Exception:
+        except (OSError, ValueError, BaseError):
             continue
     proxy.fate = lambda *_: "pass"
     check(run(source, open_store(f"{bucket}/latents")).uri, 40)
