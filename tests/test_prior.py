@@ -55,12 +55,16 @@ def test_mixture_density_is_that_of_torch_distributions(components: int, size: i
     torch.testing.assert_close(mixture_log_prob(z, mean, logvar), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_mixture_keeps_its_digits_in_float32_far_from_the_origin() -> None:
-    mean, logvar = mixture(10, 8)
-    mean, z = mean + 1000, mean[:4] + 1000.5
-    exact = mixture_log_prob(z, mean, logvar)
-    single = mixture_log_prob(z.float(), mean.float(), logvar.float())
-    torch.testing.assert_close(single.double(), exact, rtol=1e-3, atol=1e-3)
+def test_mixture_keeps_its_digits_where_components_are_narrow() -> None:
+    """Standard deviations of e^-9 around means of several units, in float32."""
+    mean, logvar = (part.float() for part in mixture(10, 8))
+    logvar = logvar - 18
+    z = gaussian.sample(mean, logvar, torch.randn(10, 8, generator=torch.Generator().manual_seed(0)))
+    parts = Independent(Normal(mean.double(), torch.exp(logvar.double() / 2)), 1)
+    exact = MixtureSameFamily(Categorical(torch.ones(10).double()), parts).log_prob(z.double())
+    single = mixture_log_prob(z, mean, logvar)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), exact, rtol=1e-5, atol=1e-4)
 
 
 def test_vamp_prior_integrates_to_one() -> None:

@@ -17,8 +17,6 @@ from vae import pixels
 from vae.encode import Encoder
 from vae.model import Model
 
-DECODE_BATCH = 256
-
 
 def decode(model: Model, z: np.ndarray) -> np.ndarray:
     """The images of latents (N, D): the likelihood's mean, rounded, uint8 (N, C, H, W)."""
@@ -29,7 +27,8 @@ def decode(model: Model, z: np.ndarray) -> np.ndarray:
     rows = torch.from_numpy(z.astype(np.float32)).to(model.device)
     model.eval()
     with torch.inference_mode():
-        parts = [pixels.to_uint8(model.decode(part).mean).cpu() for part in rows.split(DECODE_BATCH)]
+        batches = rows.split(pixels.rows_at_once(model.config))
+        parts = [pixels.to_uint8(model.decode(batch).mean).cpu() for batch in batches]
     return torch.cat(parts).numpy()
 
 

@@ -71,11 +71,11 @@ def evaluate(
     *,
     seed: int = 0,
     k: int = 64,
-    batch_size: int = 64,
-    chunk: int = 16,
+    batch_size: int | None = None,
+    chunk: int | None = None,
     device: str | torch.device | None = None,
 ) -> Evaluation:
-    """Score images (N, C, H, W) uint8 by their ids; memory holds `chunk` of the k importance samples.
+    """Score images (N, C, H, W) uint8 by their ids, batch_size images and `chunk` of the k draws at a time.
 
     Of every model: log_likelihood, mse, psnr (dB), ssim of the reconstruction from the posterior's mean.
     Of a generative one: elbo, log_likelihood and kl at one draw, kl_per_level, kl_per_dim (closed form
@@ -100,17 +100,22 @@ def measure(
     *,
     seed: int = 0,
     k: int = 64,
-    batch_size: int = 64,
-    chunk: int = 16,
+    batch_size: int | None = None,
+    chunk: int | None = None,
     device: str | torch.device | None = None,
 ) -> list[Measurements]:
-    """One part a batch. However a split is divided over calls, an image's row stays the same."""
+    """One part a batch. However a split is divided over calls, an image's row stays the same.
+
+    By default batch and chunk are such that about a million pixels are decoded at once, for any k.
+    """
     pixels.check(model.config, images)
     if not len(images) or len(images) != len(ids):
         raise ValueError(
             f"{len(images)} images with {len(ids)} ids: evaluation needs one id an image, and an image"
         )
     model = model.to(device or model.device).eval()
+    batch_size = batch_size or pixels.rows_at_once(model.config, most=64)
+    chunk = chunk or max(1, pixels.rows_at_once(model.config, most=1024) // batch_size)
     parts = []
     for start in range(0, len(images), batch_size):
         rows = slice(start, start + batch_size)

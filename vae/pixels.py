@@ -40,6 +40,16 @@ def check(config: ModelConfig, images: np.ndarray | Tensor) -> None:
         )
 
 
+def rows_at_once(config: ModelConfig, most: int = 256) -> int:
+    """How many images to pass through a network at once: about a million pixels, so memory is bounded.
+
+    >>> from vae.config import FlatConfig
+    >>> [rows_at_once(FlatConfig(height=side, width=side, channels=3)) for side in (28, 64, 256)]
+    [256, 256, 16]
+    """
+    return min(most, max(1, 2**20 // (config.height * config.width)))
+
+
 def tensor(images: np.ndarray) -> Tensor:
     """The array as a tensor, copied only where torch cannot take it as it is (read-only or strided)."""
     return torch.from_numpy(np.require(images, requirements=["C", "W"]))

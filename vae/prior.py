@@ -90,16 +90,16 @@ class VampPrior(nn.Module):
 def mixture_log_prob(z: Tensor, mean: Tensor, logvar: Tensor) -> Tensor:
     """log 1/U sum_u N(z; mean_u, exp(logvar_u)): z (N, D), mean and logvar (U, D) -> (N,).
 
-    The square is expanded into matrix products, so memory is N*U, not N*U*D.
+    The square is expanded into matrix products, so that memory is N*U, not N*U*D; in float64, for narrow
+    components leave the small difference of large numbers. The result has the dtype of z, or float32.
 
     >>> z, zero = torch.zeros(1, 2), torch.zeros(3, 2)
     >>> mixture_log_prob(z, zero, zero) - gaussian.standard_log_prob(z).sum(1)
     tensor([0.])
     """
-    z, mean, logvar = map(gaussian.upcast, (z, mean, logvar))
-    center = mean.mean(0)  # distances stay, the squares to subtract get smaller
-    z, mean = z - center, mean - center
+    dtype = gaussian.upcast(z).dtype
+    z, mean, logvar = z.double(), mean.double(), logvar.double()
     precision = torch.exp(-logvar)
     square = z**2 @ precision.T - 2 * z @ (mean * precision).T + (mean**2 * precision).sum(1)
     constant = logvar.sum(1) + z.shape[1] * gaussian.LOG_2PI
-    return torch.logsumexp(-0.5 * (square + constant), 1) - math.log(len(mean))
+    return (torch.logsumexp(-0.5 * (square + constant), 1) - math.log(len(mean))).to(dtype)

@@ -33,8 +33,6 @@ logger = logging.getLogger("vae")
 INITIAL_IMAGES = 1024
 """How many training images a model's data-dependent initialisation sees."""
 
-VALIDATION_BATCH = 256
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -282,8 +280,9 @@ class _Run:
         """(log_likelihood, kl), means over the whole split; the same draws after every epoch."""
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for start in range(0, len(images), VALIDATION_BATCH):
-            batch = images[start : start + VALIDATION_BATCH].to(self.device)
+        size = pixels.rows_at_once(self.model.config)
+        for start in range(0, len(images), size):
+            batch = images[start : start + size].to(self.device)
             draws = StepDraws(self.config.seed, start, len(batch), self.device)
             seen, target = self.model.observe(batch, draws)
             now = terms(self.model.infer(seen, draws.normal("validation", self.model.latent_dim)), target)
