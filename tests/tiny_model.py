@@ -35,7 +35,7 @@ class TinyVAE(Model):
 
     def __init__(self, config: TinyConfig):
         super().__init__(config)
-        channels, height, width = config.image_shape
+        _, height, width = config.image_shape
         self.levels = ((config.latent_dim,),)
         self.likelihood = Head(config)
         self.encoder = nn.Linear(math.prod(config.image_shape), 2 * config.latent_dim)
