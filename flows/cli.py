@@ -28,6 +28,9 @@ COMMANDS = {
     "evaluate": ("Evaluate", "score a model on held-out images"),
     "encode": ("Encode", "images -> a Parquet table of latents"),
     "sample": ("Sample", "the prior -> a Parquet table of images"),
+    "reconstruct": ("Reconstruct", "images over their reconstructions, as a picture"),
+    "interpolate": ("Interpolate", "the way from one image to another, as a picture"),
+    "edit": ("Edit", "an image with an attribute added by degree, as a picture"),
     "pull": ("Pull", "a model's bundle from the registry to a folder"),
 }
 
@@ -96,7 +99,10 @@ def _add_options(parser: Parser, command: str) -> None:
         if setting.section not in groups:
             groups[setting.section] = parser.add_argument_group(setting.section, _explain(setting.section))
         if setting.argument:
-            parser.add_argument(f".{setting.name}", metavar=setting.name.upper(), help=setting.help)
+            several: dict[str, Any] = {"nargs": "+"} if "tuple" in str(setting.annotation) else {}
+            parser.add_argument(
+                f".{setting.name}", metavar=setting.name.upper(), help=setting.help, **several
+            )
         else:
             groups[setting.section].add_argument(_flag(setting.name), **_kind(setting))
 

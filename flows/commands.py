@@ -17,7 +17,7 @@ from data.sources import open_source
 from flows.config import Command, Encode, Images, Ingest, Pull, Train, WithModel
 from flows.environment import make_root, prepare
 
-TOOLS = {"pull"}  # commands that are no flow
+TOOLS = {"pull", "reconstruct", "interpolate", "edit"}  # commands that are no flow
 INTERRUPTED, TERMINATED = 130, 143  # a shell's exit codes for SIGINT and SIGTERM
 
 

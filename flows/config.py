@@ -206,6 +206,51 @@ class Sample(Output, Drawing, WithModel):
     """Sample images from the prior into a sample table."""
 
 
+class Picture(WithModel):
+    """What the commands take that draw with a model: files or rows of a latent table in, a picture out."""
+
+    table: str = Field("", description="a latent table of this model: ids and attributes are looked up in it")
+    picture: Path = Field(Path("picture.png"), description="file for the picture")
+    out: str = Field("", description="URI of a folder for a table of the latents and images, if wanted")
+
+
+class Reconstruct(Picture):
+    """Draw images over their reconstructions."""
+
+    images: tuple[str, ...] = Field(description="image files, or ids in --table", json_schema_extra=ARGUMENT)
+
+
+class Interpolate(Picture):
+    """Draw the way from one image to another."""
+
+    a: str = Field(description="image file, or id in --table", json_schema_extra=ARGUMENT)
+    b: str = Field(description="image file, or id in --table", json_schema_extra=ARGUMENT)
+    steps: int = Field(9, ge=2, description="images on the way, both ends included")
+    start: float = Field(0.0, description="degree of the first: 0 is the reconstruction of A")
+    stop: float = Field(1.0, description="degree of the last: 1 is the reconstruction of B; beyond is fine")
+    how: Literal["linear", "spherical"] = Field("linear", description="the path's shape")
+
+
+class Edit(Picture):
+    """Draw an image with an attribute added to several degrees."""
+
+    image: str = Field(description="image file, or id in --table", json_schema_extra=ARGUMENT)
+    attribute: str = Field("", description="a numeric column of --table, or one of its labels")
+    instead_of: str = Field(
+        "", description="a label that the attribute's label replaces; by default all others"
+    )
+    degree: float = Field(
+        1.0, description="how much of the attribute the last image has; negative takes it away"
+    )
+    steps: int = Field(7, ge=2, description="images from degree 0 to the given one")
+
+    @model_validator(mode="after")
+    def _has_attribute(self) -> Self:
+        if not self.attribute or not self.table:
+            raise ValueError("an edit needs --attribute, and --table, whose rows show what the attribute is")
+        return self
+
+
 def _over_preset(preset: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """What the user gave, over the preset; of another model family, the preset's model says nothing."""
     merged = {**preset, **values}

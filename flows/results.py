@@ -152,6 +152,20 @@ class Pulled(Result):
         return f"{self.model} is in {self.bundle}\n  vae.load({str(self.bundle)!r})"
 
 
+class Drawn(Result):
+    """A picture made with a model, and on request the table of what it shows."""
+
+    model: str
+    picture: Path
+    images: int
+    notes: list[str]
+    table: str | None = None
+
+    def summary(self) -> str:
+        table = [f"  latents and images in {self.table}"] if self.table else []
+        return "\n".join([f"{self.images} images of {self.model} in {self.picture}", *table, *self.notes])
+
+
 class Retrained(Result):
     """Everything a retrain leaves behind."""
 
