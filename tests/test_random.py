@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import torch
 
 from vae.random import IdDraws, StepDraws, generator, permutation, stable_hash
@@ -13,7 +14,13 @@ from vae.random import IdDraws, StepDraws, generator, permutation, stable_hash
 def test_hash_is_the_same_in_another_process() -> None:
     code = "from vae.random import stable_hash; print(stable_hash(3, 'noise', 'é/1'))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(other.stdout) == stable_hash(3, "noise", "é/1")
+    assert other.stdout.strip() == str(stable_hash(3, "noise", "é/1"))
+
+
+def test_draws_are_those_of_philox_with_the_hash_as_its_key() -> None:
+    key = int.from_bytes(stable_hash(3, "noise", "a"), "little")
+    expected = np.random.Generator(np.random.Philox(key=key)).standard_normal(5, dtype=np.float32)
+    assert np.array_equal(IdDraws(3, ["a"]).normal("noise", 5)[0].numpy(), expected)
 
 
 def test_seed_stream_and_name_each_change_the_draw() -> None:
