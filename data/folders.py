@@ -99,7 +99,7 @@ class FolderSource:
         return self.labels.columns if self.labels else pa.schema([])
 
     def listing(self) -> Iterator[pa.RecordBatch]:
-        for ids in chunked(self._walk(b""), LISTED):
+        for ids in chunked(self._walk(""), LISTED):
             stats = [self._stat(key) for key in ids]
             found = [(key, info) for key, info in zip(ids, stats, strict=True) if info is not None]
             versions = [f"{info.st_mtime_ns:x}-{info.st_size:x}" for _, info in found]
@@ -112,14 +112,13 @@ class FolderSource:
         base = os.fsencode(self.root) + b"/"
         return [self._read(base + unescape(key), limits) for key in rows["id"].to_pylist()]
 
-    def _walk(self, folder: bytes) -> Iterator[str]:
+    def _walk(self, folder: str) -> Iterator[str]:
         """Ids under a folder, in order: a folder sorts as its name and a slash, as its files' ids do."""
-        for name in _sorted_names(os.path.join(os.fsencode(self.root), folder)):
-            path = folder + unescape(name)
+        for name in _sorted_names(os.path.join(os.fsencode(self.root), unescape(folder))):
             if name.endswith("/"):
-                yield from self._walk(path)
+                yield from self._walk(folder + name)
             elif folder or name not in TABLES:
-                yield escape(path)
+                yield folder + name
 
     def _stat(self, key: str) -> os.stat_result | None:
         try:

@@ -9,8 +9,10 @@ The path, in order, with Pillow:
 4. 16-bit grey keeps its high byte (as Pillow itself does for 16-bit colour); floats are refused;
 5. transparency is composited over white; palettes, CMYK, YCbCr and 1-bit images become RGB or grey;
 6. the EXIF orientation is applied;
-7. colour becomes grey by ITU-R 601 luma, or grey is repeated, as the model's channels ask;
-8. an antialiased resize brings the image to the geometry: `crop` fills it and cuts the longer side
+7. a JPEG of four times the geometry or more is decoded by libjpeg at 1/2, 1/4 or 1/8, to at least twice
+   the geometry (Pillow's `draft`, as in its `thumbnail`);
+8. colour becomes grey by ITU-R 601 luma, or grey is repeated, as the model's channels ask;
+9. an antialiased resize brings the image to the geometry: `crop` fills it and cuts the longer side
    around the centre, `pad` fits inside it on black, `stretch` ignores the aspect ratio.
 
 Shapes: B batch, C channels, H W pixels. Pixels are uint8, in 0..255.
@@ -101,7 +103,8 @@ class DecodePath:
     """How stored images become pixels of one geometry; equal paths give equal pixels.
 
     `height`, `width` and `channels` (1 or 3) left None are the source's own, filled in by `resolved`.
-    `resize` is one of box, bilinear, bicubic, lanczos (all antialiased); `fit` one of crop, pad, stretch.
+    `resize` is one of box, bilinear, bicubic, lanczos (all antialiased); `fit` one of crop, pad, stretch;
+    `scaled_jpeg` False decodes large JPEGs in full, at a third of the speed.
     Raises ValueError for any other value.
 
     >>> DecodePath(32, 32, 3).digest == DecodePath(32, 32, 3, fit="pad").digest
@@ -113,6 +116,7 @@ class DecodePath:
     channels: int | None = None
     resize: str = "bilinear"
     fit: str = "crop"
+    scaled_jpeg: bool = True
 
     def __post_init__(self) -> None:
         for name, size in (("height", self.height), ("width", self.width)):
@@ -193,7 +197,11 @@ def decode(data: bytes, path: DecodePath, *, name: str = "", limits: Limits = LI
     try:
         image = _open(data, kind)
         _check_size(image, limits)
-        return _finish(_upright(_plain(_load(image, data))), path)
+        stored = image.size
+        _draft(image, path)
+        upright = _upright(_plain(image))
+        turned = upright is not image and upright.size == image.size[::-1]
+        return Decoded(_fitted(upright, path), *(stored[::-1] if turned else stored))
     except Rejected:
         raise
     except Exception as error:  # Pillow raises over a dozen types on broken files: each is this reject
@@ -206,7 +214,8 @@ def fit_pixels(pixels: np.ndarray, path: DecodePath) -> Decoded:
     if pixels.shape == (height, width, channels):
         return Decoded(pixels.transpose(2, 0, 1), width, height)
     plane = pixels[:, :, 0] if pixels.shape[2] == 1 else pixels
-    return _finish(Image.fromarray(np.ascontiguousarray(plane)), path)
+    image = Image.fromarray(np.ascontiguousarray(plane))
+    return Decoded(_fitted(image, path), *image.size)
 
 
 def fast_png(data: bytes, limits: Limits = LIMITS) -> np.ndarray | None:
@@ -272,19 +281,11 @@ def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
     return factory(io.BytesIO(data), "")
 
 
-def _load(image: ImageFile.ImageFile, data: bytes) -> Image.Image:
-    """The image with its pixels; a JPEG's by libjpeg-turbo directly, a third faster and the same."""
-    decoder = _simplejpeg() if image.format == "JPEG" and image.mode in ("L", "RGB") else None
-    if decoder is not None:
-        try:
-            pixels = decoder.decode_jpeg(data, "GRAY" if image.mode == "L" else "RGB")
-        except ValueError:  # it is stricter than Pillow, which decides
-            pass
-        else:
-            plane = pixels[:, :, 0] if image.mode == "L" else pixels
-            return _keep_info(Image.fromarray(plane), image)
-    image.load()
-    return image
+def _draft(image: ImageFile.ImageFile, path: DecodePath) -> None:
+    """Have libjpeg decode a large JPEG at 1/2, 1/4 or 1/8, still at least twice the geometry."""
+    if path.scaled_jpeg and image.format in ("JPEG", "MPO"):
+        side = 2 * max(path.geometry[1:])
+        image.draft(image.mode, (side, side))
 
 
 @cache
@@ -296,15 +297,6 @@ def _opencv() -> Any:
         return None
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # rejects tell of broken files
     return cv2
-
-
-@cache
-def _simplejpeg() -> Any:
-    try:
-        import simplejpeg  # type: ignore[import-untyped]
-    except ImportError:
-        return None
-    return simplejpeg
 
 
 def _plain_chunks(data: bytes) -> bool:
@@ -361,15 +353,13 @@ def _upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def _finish(image: Image.Image, path: DecodePath) -> Decoded:
+def _fitted(image: Image.Image, path: DecodePath) -> np.ndarray:
+    """uint8 (C, H, W) at the path's geometry."""
     channels, height, width = path.geometry
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
-        image, original = _resize(image, path), image
-    else:
-        original = image
-    pixels = np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
-    return Decoded(pixels, *original.size)
+        image = _resize(image, path)
+    return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
 
 
 def _resize(image: Image.Image, path: DecodePath) -> Image.Image:

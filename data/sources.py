@@ -164,7 +164,7 @@ def escape(name: bytes) -> str:
 
 def unescape(key: str) -> bytes:
     """The file name that `escape` made the id from."""
-    return unquote_to_bytes(key)
+    return unquote_to_bytes(key) if "%" in key else key.encode()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -26,6 +26,7 @@ def folder_of(root: Path, count: int) -> str:
     return f"folder:{root}"
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 9), max_size=8), st.integers(1, 7))
 def test_rebatch_keeps_rows_and_order(sizes: list[int], size: int) -> None:
     values = iter(range(sum(sizes)))

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -202,6 +202,7 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     assert read_all(source) == [unescape(key) for key in ids]
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=1))
 def test_every_name_comes_back_from_its_id(name: bytes) -> None:
     assert unescape(escape(name)) == name

@@ -1,0 +1,322 @@
+"""Encode a folder of images to a table of latents: ours beside what people write today, and the limits.
+
+    python benchmarks/encode.py [--small 50000] [--large 5000] [--rounds 3] [--out results.json]
+
+Every contender reads the same files, runs the same small convolutional encoder on the CPU and writes
+Parquet, in a process of its own, interleaved over rounds. CPU time is that of the process and its
+children after imports; the figure is images per CPU-second, the median of the rounds.
+
+Small images are Fashion-MNIST's, as 28x28 grey PNG files; large ones are JPEG crops of 500x375 pixels of
+the two photographs that scikit-learn ships.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BATCH = 256
+DIMS = 64
+GEOMETRY = {"small": (1, 28, 28), "large": (3, 64, 64)}
+CONTENDERS = ("imagefolder", "datasets", "ours", "decode", "forward")
+
+
+def make_files(folder: Path, kind: str, count: int) -> None:
+    """Write `count` image files, in ten class folders."""
+    make = small_images if kind == "small" else large_images
+    suffix = "png" if kind == "small" else "jpg"
+    for number, (image, label) in enumerate(make(count)):
+        path = folder / str(label) / f"{number:06d}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, quality=90)
+
+
+def small_images(count: int) -> Any:
+    from PIL import Image
+
+    from data.sources import open_source
+
+    source = open_source("idx:/usr/share/datasets/fashion-mnist")
+    made = 0
+    for rows in source.listing():
+        for pixels, label in zip(source.read(rows), rows["label"].to_pylist(), strict=True):
+            if made == count:
+                return
+            yield Image.fromarray(np.asarray(pixels)[..., 0]), label
+            made += 1
+
+
+def large_images(count: int) -> Any:
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    photographs = load_sample_images().images
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        photograph = photographs[number % 2]
+        top, left = rng.integers(0, [photograph.shape[0] - 375, photograph.shape[1] - 500])
+        yield Image.fromarray(photograph[top : top + 375, left : left + 500]), number % 10
+
+
+def build_model(kind: str) -> Any:
+    """A small convolutional encoder: images uint8 (B, C, H, W) -> mean and log-variance (B, D)."""
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    channels, height, width = GEOMETRY[kind]
+    body = nn.Sequential(
+        nn.Conv2d(channels, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * (height // 4) * (width // 4), 2 * DIMS),
+    ).eval()
+
+    def encode(images: Any) -> tuple[np.ndarray, np.ndarray]:
+        with torch.inference_mode():
+            x = images if images.is_floating_point() else images.float() / 255
+            mean, logvar = body(x).chunk(2, 1)
+            return mean.contiguous().numpy(), logvar.contiguous().numpy()
+
+    return encode
+
+
+def transformations(kind: str) -> list[Any]:
+    """torchvision's way to the model's geometry."""
+    from torchvision import transforms
+
+    if kind == "small":
+        return [transforms.Grayscale(), transforms.ToTensor()]
+    return [transforms.Resize(64), transforms.CenterCrop(64), transforms.ToTensor()]
+
+
+def imagefolder(kind: str, folder: Path, out: Path) -> Callable[[], int]:
+    """What people write today: ImageFolder, DataLoader, pandas."""
+    import pandas as pd
+    from torch.utils.data import DataLoader
+    from torchvision import datasets, transforms
+
+    encode = build_model(kind)
+    shape = (
+        [transforms.Grayscale()] if kind == "small" else [transforms.Resize(64), transforms.CenterCrop(64)]
+    )
+
+    def run() -> int:
+        files = datasets.ImageFolder(str(folder), transforms.Compose([*shape, transforms.ToTensor()]))
+        loader = DataLoader(files, batch_size=BATCH, num_workers=2)
+        means, logvars = zip(*(encode(images) for images, _ in loader), strict=True)
+        frame = pd.DataFrame({"path": [path for path, _ in files.samples]})
+        frame["mu"], frame["logvar"] = list(np.concatenate(means)), list(np.concatenate(logvars))
+        frame.to_parquet(out / "latents.parquet")
+        return len(frame)
+
+    return run
+
+
+def hugging_face(kind: str, folder: Path, out: Path) -> Callable[[], int]:
+    """datasets.map over the folder, then to_parquet."""
+    import datasets
+    import torch
+    from torchvision import transforms
+
+    encode = build_model(kind)
+    shape = (
+        [transforms.Grayscale()] if kind == "small" else [transforms.Resize(64), transforms.CenterCrop(64)]
+    )
+    prepare = transforms.Compose([*shape, transforms.ToTensor()])
+
+    def step(batch: dict[str, Any]) -> dict[str, Any]:
+        mu, logvar = encode(torch.stack([prepare(image.convert("RGB")) for image in batch["image"]]))
+        return {"mu": mu, "logvar": logvar}
+
+    def run() -> int:
+        cache = str(out / "cache")
+        rows = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train", cache_dir=cache)
+        rows = rows.map(step, batched=True, batch_size=BATCH, remove_columns=["image"])
+        rows.to_parquet(str(out / "latents.parquet"))
+        return len(rows)
+
+    return run
+
+
+def ours(kind: str, folder: Path, out: Path) -> Callable[[], int]:
+    """plan_encode and encode_table, with hashes, lineage, rejects and the commit protocol."""
+    import cv2  # noqa: F401  imported before the clock starts, as every contender's libraries are
+    import torch
+
+    from data.images import DecodePath
+    from data.sources import open_source
+    from data.store import open_store
+    from data.tables import LatentColumns, encode_table, plan_encode
+
+    encode = build_model(kind)
+    channels, height, width = GEOMETRY[kind]
+
+    def numbers(images: np.ndarray, ids: list[str]) -> dict[str, np.ndarray]:
+        mu, logvar = encode(torch.from_numpy(images))
+        return {"mu": mu, "logvar": logvar}
+
+    def run() -> int:
+        job = plan_encode(
+            open_store(out),
+            open_source(f"folder:{folder}"),
+            DecodePath(height, width, channels),
+            LatentColumns(DIMS, kl=False),
+            name="benchmark",
+            weights_sha256="0",
+            batch_size=BATCH,
+        )
+        return encode_table(job, numbers).rows
+
+    return run
+
+
+def decode_only(kind: str, folder: Path, out: Path) -> Callable[[], int]:
+    """The limit of reading: the fastest decoder on each file, and Pillow's resize where one is needed."""
+    import cv2
+    import simplejpeg
+    from PIL import Image
+
+    cv2.setNumThreads(0)
+    files = sorted(folder.rglob("*.*"))
+
+    def decode(data: bytes) -> Any:
+        if kind == "small":
+            return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
+        pixels = Image.fromarray(simplejpeg.decode_jpeg(data))
+        return np.asarray(pixels.resize((64, 64), Image.Resampling.BILINEAR, box=(62, 0, 437, 375)))
+
+    return lambda: len([decode(path.read_bytes()).shape for path in files])
+
+
+def forward_only(kind: str, folder: Path, out: Path) -> Callable[[], int]:
+    """The limit of the model: batches that are in memory already."""
+    import torch
+
+    encode = build_model(kind)
+    count = sum(1 for _ in folder.rglob("*.*"))
+    batch = torch.randint(0, 256, (BATCH, *GEOMETRY[kind]), dtype=torch.uint8)
+
+    def run() -> int:
+        for _ in range(0, count, BATCH):
+            encode(batch)
+        return count
+
+    return run
+
+
+MAKERS = dict(zip(CONTENDERS, (imagefolder, hugging_face, ours, decode_only, forward_only), strict=True))
+
+
+def measure(contender: str, kind: str, folder: Path) -> dict[str, float]:
+    """Run one contender here and say what it took."""
+    with tempfile.TemporaryDirectory() as out:
+        run = MAKERS[contender](kind, folder, Path(out))
+        before, start = _cpu(), time.perf_counter()
+        images = run()
+        seconds, cpu = time.perf_counter() - start, _cpu() - before
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return {
+        "images": images,
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "images_per_cpu_second": images / cpu,
+        "images_per_second": images / seconds,
+        "peak_mib": peak / 1024,
+    }
+
+
+def _cpu() -> float:
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def compare(kind: str, folder: Path, rounds: int) -> dict[str, Any]:
+    """All contenders, each in a process of its own, round by round."""
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    for _ in range(rounds):
+        for name in CONTENDERS:
+            command = [sys.executable, __file__, "--measure", name, kind, str(folder)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+            environment["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            results[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(kind, name, f"{results[name][-1]['images_per_cpu_second']:.0f}", file=sys.stderr)
+    return {
+        name: {key: statistics.median(r[key] for r in runs) for key in runs[0]}
+        for name, runs in results.items()
+    }
+
+
+def ratios(result: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Ours over each peer, and over what decode and forward together allow."""
+    speed = {name: figures["images_per_cpu_second"] for name, figures in result.items()}
+    bound = 1 / (1 / speed["decode"] + 1 / speed["forward"])
+    return {
+        "over_imagefolder": speed["ours"] / speed["imagefolder"],
+        "over_datasets": speed["ours"] / speed["datasets"],
+        "of_the_bound": speed["ours"] / bound,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Where and when this was measured."""
+    from importlib.metadata import version
+
+    names = ("torch", "torchvision", "datasets", "pyarrow", "pillow", "simplejpeg", "opencv-python-headless")
+    model = next(
+        (x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), ""
+    )
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
+        "cpu": model.partition(": ")[2],
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in names},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--small", type=int, default=50_000)
+    parser.add_argument("--large", type=int, default=5_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "encode.json")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        contender, kind, folder = options.measure
+        print(json.dumps(measure(contender, kind, Path(folder))))
+        return
+    report: dict[str, Any] = {"machine": machine()}
+    for kind, count in (("small", options.small), ("large", options.large)):
+        if count:
+            with tempfile.TemporaryDirectory() as folder:
+                make_files(Path(folder), kind, count)
+                report[kind] = compare(kind, Path(folder), options.rounds)
+                report[kind]["ratios"] = ratios(report[kind])
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
