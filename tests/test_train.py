@@ -33,6 +33,7 @@ CASES: dict[str, tuple[ModelConfig, TrainConfig]] = {
     "optimal": (FlatConfig.from_dict(GEOMETRY | {"likelihood": "optimal_gaussian"}), SHORT),
     "iwae": (FLAT, dataclasses.replace(SHORT, objective="iwae", samples=4)),
     "warm": (FLAT, dataclasses.replace(SHORT, beta_schedule="warmup", warmup_epochs=2.0, free_bits=0.1)),
+    "cosine": (FLAT, dataclasses.replace(SHORT, learning_rate_schedule="cosine")),
     "denoising": (
         AutoencoderConfig.from_dict(GEOMETRY | {"corruption": "noise", "corruption_strength": 0.3}),
         SHORT,
@@ -179,6 +180,19 @@ def test_nothing_non_finite_reaches_a_checkpoint(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(NonFiniteLoss):
         fit(FLAT, SHORT, IMAGES, save=saved.save)
     assert max(saved) == 6
+
+
+def test_the_learning_rate_falls_along_half_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    original = train._Run.train_step
+
+    def spy(run: train._Run, batch: torch.Tensor) -> None:
+        original(run, batch)
+        rates.append(run.optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(train._Run, "train_step", spy)
+    fit(FLAT, dataclasses.replace(SHORT, learning_rate_schedule="cosine"), IMAGES)
+    np.testing.assert_allclose(rates, 1e-3 * (1 + np.cos(np.pi * np.arange(12) / 12)) / 2)
 
 
 def test_training_improves_the_elbo_and_returns_an_evaluated_model() -> None:

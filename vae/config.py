@@ -236,7 +236,8 @@ class AutoencoderConfig(NetworkConfig):
 class TrainConfig(Config):
     """How to train, whatever the model.
 
-    batch_size in images; learning_rate is Adam's. The loss is the negative ELBO with
+    batch_size in images; learning_rate is Adam's, held ('constant') or taken to zero along half a cosine
+    ('cosine', Loshchilov & Hutter 2017) by learning_rate_schedule. The loss is the negative ELBO with
     - beta: the KL's final weight (Higgins et al. 2017), reached by beta_schedule: 'constant',
       'warmup' (linear over the first warmup_epochs) or 'cyclic' (Fu et al. 2019: `cycles` ramps);
     - free_bits: nats that each latent level may use at no cost (Kingma et al. 2016);
@@ -249,6 +250,7 @@ class TrainConfig(Config):
     epochs: int = 20
     batch_size: int = 128
     learning_rate: float = 1e-3
+    learning_rate_schedule: str = "constant"
     seed: int = 0
     objective: str = "elbo"
     samples: int = 1
@@ -270,6 +272,7 @@ class TrainConfig(Config):
             check_range(name, getattr(self, name), 0, 1e6)
         check_range("learning_rate", self.learning_rate, 1e-12, 10)
         check_range("seed", self.seed, 0, 2**63 - 1)
+        check_choice("learning_rate_schedule", self.learning_rate_schedule, ("constant", "cosine"))
         check_choice("objective", self.objective, ("elbo", "iwae"))
         check_choice("gradient", self.gradient, ("dreg", "plain"))
         check_choice("beta_schedule", self.beta_schedule, ("constant", "warmup", "cyclic"))

@@ -169,6 +169,18 @@ def _check_objective(model: Model, config: TrainConfig) -> None:
         )
 
 
+def learning_rate_at(config: TrainConfig, step: int, steps: int) -> float:
+    """Adam's rate at a step (from 0) of `steps` in the whole run.
+
+    >>> cosine = TrainConfig(learning_rate=1.0, learning_rate_schedule="cosine")
+    >>> [round(learning_rate_at(cosine, step, 4), 3) for step in range(4)]
+    [1.0, 0.854, 0.5, 0.146]
+    """
+    if config.learning_rate_schedule == "constant":
+        return config.learning_rate
+    return config.learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
+
+
 class _Run:
     """The state of one training run, and the steps that move it."""
 
@@ -234,6 +246,7 @@ class _Run:
         loss, now = training_loss(config, self._beta(), inference, target)
         self.optimizer.zero_grad()
         loss.backward()
+        self.optimizer.param_groups[0]["lr"] = learning_rate_at(config, self.step, self.steps)
         self.optimizer.step()
         self.meter.add(now, loss, len(batch))
         self.step += 1
