@@ -215,6 +215,14 @@ def snapshot_numbers(store: Store) -> list[int]:
     return [int(name) for name in store.folders() if name.isdigit()]
 
 
+def plan_rows(store: Store, shard: Shard) -> pa.Table:
+    """A shard's rows of the listing; ValueError if they are not those that its name was made of."""
+    data = store.get(shard.plan)
+    if blake3.blake3(data).hexdigest(length=16) not in shard.plan:
+        raise ValueError(f"{store.uri(shard.plan)} is damaged: its content does not match its name")
+    return pq.read_table(pa.BufferReader(data))
+
+
 def read_record(store: Store, path: str) -> Record:
     return Record.from_dict(unseal(store.get(path), store.uri(path)))
 
@@ -255,7 +263,7 @@ def work_shard(plan: Plan, shard: Shard, make: Callable[[pa.Table], Made], sourc
 
     The stored part decides: whatever planned id it lacks is a reject, whoever wrote it.
     """
-    store, listed = plan.store, read_parquet(plan.store, shard.plan)
+    store, listed = plan.store, plan_rows(plan.store, shard)
     made = None
     if not store.exists(shard.part):
         made = _carry(plan, shard, listed) if shard.carry else make(listed)
@@ -309,11 +317,6 @@ def put_manifest(
     manifest = read_manifest(plan.store)
     assert manifest is not None
     return manifest
-
-
-def read_parquet(store: Store, path: str, columns: list[str] | None = None) -> pa.Table:
-    """A file of this protocol whose name or record has been checked already."""
-    return pq.read_table(pa.BufferReader(store.get(path)), columns=columns)
 
 
 def read_file(store: Store, file: StoredFile, columns: list[str] | None = None) -> pa.Table:
@@ -488,7 +491,7 @@ def _replan(latest: Plan, listing: Callable[[], Iterable[pa.RecordBatch]], shard
         shards.append(_put_shard(store, number, len(shards), pa.Table.from_batches([piece])))
     reused = [shard for place, shard in enumerate(base) if place not in changes.lost]
     for place, lost in sorted(changes.lost.items()):
-        kept = _without(read_parquet(store, base[place].plan), lost)
+        kept = _without(plan_rows(store, base[place]), lost)
         if kept.num_rows:
             shards.append(_put_shard(store, number, len(shards), kept, base[place].record))
     rows = sum(shard.rows for shard in (*reused, *shards))
@@ -545,7 +548,7 @@ class _Changes:
 
     def _rows(self, chain: list[int]) -> Iterator[tuple[str, str, int, int]]:
         for place in chain:
-            table = read_parquet(self._store, self._base[place].plan)
+            table = plan_rows(self._store, self._base[place])
             for row, (key, version) in enumerate(_keys(table)):
                 yield key, version, place, row
 

@@ -41,6 +41,7 @@ from data.store import Store, open_store
 
 SCHEMA_VERSION = 1
 SHARD_ROWS = 65_536
+ROW_BYTES = 120  # of a row's id, hash, split, label and sizes, roughly
 METADATA = b"vae-flows"  # key of the JSON in every file's schema metadata
 
 Encode = Callable[[np.ndarray, list[str]], dict[str, np.ndarray]]
@@ -200,6 +201,27 @@ def plan_encode(
     return EncodeJob(source, decode, columns, plan, about, batch_size, limits)
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What an encode of all of a source would write; bytes before compression."""
+
+    rows: int
+    shards: int
+    bytes: int
+
+
+def estimate_encode(source: Source, columns: LatentColumns, shard_rows: int = SHARD_ROWS) -> Estimate:
+    """Count a source's images for a dry run; nothing is written.
+
+    >>> from data.sources import open_source
+    >>> estimate_encode(open_source("digits"), LatentColumns(16))
+    Estimate(rows=1797, shards=1, bytes=452844)
+    """
+    rows = sum(batch.num_rows for batch in source.listing())
+    numbers = sum((width or 1) * np.dtype(dtype).itemsize for _, width, dtype in columns.fields())
+    return Estimate(rows, -(-rows // shard_rows), rows * (numbers + ROW_BYTES))
+
+
 def encode_shard(job: EncodeJob, shard: Shard, encode: Encode) -> None:
     """Work on one shard of a planned encode; in any process, any number of times."""
     work_shard(job.plan, shard, lambda rows: job.make(rows, encode), job.source.uri)
@@ -303,16 +325,6 @@ def read_latents(uri: str, column: str = "mu") -> tuple[np.ndarray, np.ndarray]:
     if values is None:
         raise ValueError(f"the table at {uri} has no rows")
     return np.concatenate(ids), values
-
-
-def verify(uri: str) -> Manifest:
-    """Check every file of the current snapshot against its sha256 and its row count; ValueError names one."""
-    manifest = open_table(uri)
-    for file in (*manifest.parts, *manifest.rejects):
-        rows = read_file(manifest.store, file, ["id"] if file in manifest.rejects else None).num_rows
-        if rows != file.rows:
-            raise ValueError(f"{manifest.store.uri(file.path)} has {rows} rows, its record says {file.rows}")
-    return manifest
 
 
 def matrix(column: pa.ChunkedArray) -> np.ndarray:

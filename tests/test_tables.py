@@ -32,9 +32,9 @@ from data.tables import (
     plan_encode,
     read_latents,
     table_files,
-    verify,
     write_samples,
 )
+from data.upkeep import count_duplicates, gc, list_tables, show, verify
 
 DIMS = 6
 PATH = DecodePath(8, 8, 3)
@@ -353,6 +353,90 @@ def test_pandas_polars_duckdb_datasets_and_pyarrow(tmp_path: Path) -> None:
     assert pq.read_table(result.uri).num_rows == 25
 
 
+def test_list_show_and_gc(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "in", range(20))
+    root = tmp_path / "root"
+    result = run(folder, root / "latents", lineage={"model_uri": "models:/toy/1"})
+    settings: dict[str, Any] = {"name": "toy", "key": {}, "seed": 7, "dims": DIMS}
+    write_samples(open_store(root / "samples"), sample, 5, **settings)
+    latents, samples = list_tables(str(root))
+    assert (latents.kind, latents.rows, latents.snapshot, latents.unfinished) == ("latents", 20, 1, False)
+    assert (samples.kind, samples.rows) == ("samples", 5)
+    assert show(result.uri).about["lineage"]["model_uri"] == "models:/toy/1"
+    assert gc(result.uri).paths == ()
+    with pytest.raises(ValueError, match="no table at"):
+        show(str(folder))
+
+
+def test_gc_removes_only_what_no_manifest_names(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "in", range(20))
+    run(folder, tmp_path / "out")
+    folder_of(folder, range(20, 40))
+    abandoned = plan(folder, tmp_path / "out")  # snapshot 2, one shard of two done
+    encode_shard(abandoned, abandoned.plan.shards[0], encode)
+    uri = abandoned.plan.store.url
+    assert gc(uri).paths == ()  # it may still be worked on
+    assert show(uri).unfinished
+    for value in range(20, 40):
+        (folder / f"{value:04d}.png").unlink()
+    folder_of(folder, range(40, 42))
+    result = run(folder, tmp_path / "out")
+    assert result.snapshot == 3
+    draft = Path(uri) / "000003" / ".part.00.tmp"
+    draft.write_bytes(b"half")
+    assert {path.split("/")[0] for path in gc(uri, remove=False).paths} == {"000002"}
+    os.utime(draft, (0, 0))
+    swept = gc(uri, remove=False)
+    assert gc(uri) == swept
+    assert {path.split("/")[0] for path in swept.paths} == {"000002", "000003"}
+    assert not draft.exists()
+    assert gc(uri).paths == ()
+    check(uri, folder)
+    folder_of(folder, range(50, 53))
+    check(run(folder, tmp_path / "out").uri, folder)
+
+
+def test_duplicates_are_counted_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of(tmp_path / "in", range(30))
+    for copy in range(100, 107):
+        shutil.copy(folder / "0003.png", folder / f"{copy:04d}.png")
+    uri = run(folder, tmp_path / "out").uri
+    assert count_duplicates(uri) == 7
+    monkeypatch.setattr("data.upkeep.HASHES_AT_ONCE", 5)
+    assert count_duplicates(uri) == 7
+
+
+def _flip_bits(tmp_path: Path, flips: int) -> None:
+    folder = folder_of(tmp_path / "in", range(12))
+    (folder / "0003.png").write_bytes(b"")
+    uri = run(folder, tmp_path / "out", share=0.2).uri
+    files = sorted(path for path in Path(uri).rglob("*") if path.is_file())
+    assert len(files) == 10
+    rng = np.random.default_rng(0)
+    for _ in range(flips):
+        path = files[rng.integers(len(files))]
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged"):
+            verify(uri)
+        if path.name.startswith(("part", "_manifest")):
+            with pytest.raises(ValueError, match="damaged"):
+                read_latents(uri)
+        path.write_bytes(whole)
+    verify(uri)
+
+
+def test_no_bit_flips_unseen(tmp_path: Path) -> None:
+    _flip_bits(tmp_path, 500)
+
+
+@pytest.mark.slow
+def test_10_000_bit_flips(tmp_path: Path) -> None:
+    _flip_bits(tmp_path, 10_000)
+
+
 # Forks one process a system call, lets strace kill (or fail) it at its n-th such call, until one survives.
 INJECTED = """
 import os, pathlib, subprocess, sys
@@ -381,10 +465,11 @@ for fault in sys.argv[3:]:
 """
 KILLS = [f"{call}:signal=KILL" for call in ("mkdir", "write", "fsync", "link", "unlink")]
 FAILURES = ["write:error=ENOSPC", "fsync:error=EIO", "link:error=EIO"]
+SLOW = [pytest.param(fault, marks=pytest.mark.slow) for fault in FAILURES]
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
-@pytest.mark.parametrize("fault", KILLS + FAILURES)
+@pytest.mark.parametrize("fault", KILLS + SLOW)
 def test_stopped_at_every_system_call_of_a_commit(tmp_path: Path, fault: str) -> None:
     """SIGKILL at (or a failure of) each one, then the same job: nothing lost, doubled or torn."""
     folder = folder_of(tmp_path / "in", range(12))

@@ -1,0 +1,202 @@
+"""Looking after tables: what is there, whether it is intact, and what can be removed.
+
+Shapes: N rows of a table.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.commit import (
+    Manifest,
+    Plan,
+    Record,
+    StoredFile,
+    checked_bytes,
+    latest_plan,
+    plan_rows,
+    read_file,
+    read_manifest,
+    read_plan,
+    read_record,
+    snapshot_numbers,
+)
+from data.store import Store, open_store, unseal
+from data.tables import open_table
+
+HASHES_AT_ONCE = 8_000_000  # content hashes held while duplicates are counted: some 0.4 GB
+DRAFT_AGE = 3600.0  # seconds after which a file on its way to its name is no longer anyone's
+
+
+@dataclass(frozen=True)
+class TableInfo:
+    """One table: its kind and key, its current snapshot (0 when none is complete), and if work is left."""
+
+    uri: str
+    kind: str
+    key: str
+    snapshot: int
+    rows: int
+    rejected: int
+    files: int
+    bytes: int
+    unfinished: bool
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What `gc` removed, or would: paths in the table, and their bytes."""
+
+    paths: tuple[str, ...]
+    bytes: int
+
+
+def list_tables(uri: str) -> list[TableInfo]:
+    """Every table (latents, samples, snapshots) under a root or a folder of tables, by path."""
+    return [show(store.url) for store in _tables(open_store(uri).check(), 2)]
+
+
+def show(uri: str) -> TableInfo:
+    """What a table is and what made it; ValueError where there is none."""
+    store = open_store(uri).check()
+    if not store.exists("_table.json"):
+        raise ValueError(f"no table at {uri}: check the path")
+    about = unseal(store.get("_table.json"), store.uri("_table.json"))
+    manifest, plan = read_manifest(store), latest_plan(store)
+    return TableInfo(
+        uri=store.url,
+        kind=about["job"]["kind"],
+        key=about["key"],
+        snapshot=manifest.number if manifest else 0,
+        rows=manifest.rows if manifest else 0,
+        rejected=manifest.rejected if manifest else 0,
+        files=len(manifest.parts) if manifest else 0,
+        bytes=sum(file.bytes for file in manifest.parts) if manifest else 0,
+        unfinished=plan is not None and (manifest is None or plan.number > manifest.number),
+        about=about,
+    )
+
+
+def verify(uri: str) -> Manifest:
+    """Check all of a table's current snapshot; a ValueError names the first thing that is wrong.
+
+    Every file against the sha256 of its record, every page against its checksum, every record and plan
+    against its own digest, and the counts of all of them against each other.
+    """
+    manifest = open_table(uri)
+    store, plan = manifest.store, read_plan(manifest.store, manifest.number)
+    unseal(store.get("_table.json"), store.uri("_table.json"))
+    records = list(plan.records())
+    for record in records:
+        plan_rows(store, record.shard)
+        for file in _files(record):
+            _verify_file(store, file)
+    rows, rejected = sum(r.rows for r in records), sum(r.rejected for r in records)
+    if (rows, rejected) != (manifest.rows, manifest.rejected) or rows + rejected != plan.rows:
+        raise ValueError(f"{uri}: the manifest says {manifest.rows} rows, its records {rows}")
+    return manifest
+
+
+def count_duplicates(uri: str) -> int:
+    """How many of a table's images have the bytes of another: all but one of each set of equals.
+
+    Only content hashes are read, a share of them at a time, so memory is bounded for any table.
+    """
+    manifest = open_table(uri)
+    passes = -(-manifest.rows // HASHES_AT_ONCE)
+    return sum(_repeats(manifest, number, passes) for number in range(passes))
+
+
+def gc(uri: str, *, remove: bool = True) -> Swept:
+    """Remove what no manifest names: files of abandoned snapshots, and drafts that a kill left behind.
+
+    A snapshot still being written is left alone, and so is one that a newer manifest has replaced.
+    With `remove` False nothing is deleted, only told.
+    """
+    store = open_store(uri).check()
+    if not store.exists("_table.json"):
+        raise ValueError(f"no table at {uri}: check the path")
+    kept = {"_table.json"}
+    manifest, latest = read_manifest(store), latest_plan(store)
+    for plan in _plans(store):
+        complete = store.exists(plan.manifest)
+        if complete or plan == latest:
+            kept |= set(_needed(plan, complete))
+    current = manifest.number if manifest else 0
+    planning = {number for number in snapshot_numbers(store) if number > current}
+    swept = [
+        entry
+        for entry in store.entries()
+        if entry.path not in kept and not _begun(entry.path, planning, latest)
+    ]
+    swept += [entry for entry in store.leftovers() if _stale(store, entry.path)]
+    for entry in swept if remove else []:
+        store.delete(entry.path)
+    return Swept(tuple(entry.path for entry in swept), sum(entry.size for entry in swept))
+
+
+def _tables(store: Store, depth: int) -> Iterator[Store]:
+    if store.exists("_table.json"):
+        yield store
+    elif depth:
+        for name in store.folders():
+            yield from _tables(store.child(name), depth - 1)
+
+
+def _files(record: Record) -> list[StoredFile]:
+    return [record.part, *([record.rejects] if record.rejects else [])]
+
+
+def _verify_file(store: Store, file: StoredFile) -> None:
+    data = checked_bytes(store, file)
+    rows = pq.read_table(pa.BufferReader(data), page_checksum_verification=True).num_rows
+    if (rows, len(data)) != (file.rows, file.bytes):
+        raise ValueError(f"{store.uri(file.path)} has {rows} rows, its record says {file.rows}")
+
+
+def _repeats(manifest: Manifest, number: int, passes: int) -> int:
+    """Duplicates among the hashes whose first two bytes fall into this pass."""
+    blocks = []
+    for file in manifest.parts:
+        column = read_file(manifest.store, file, ["content_hash"])["content_hash"]
+        hashes = np.frombuffer(b"".join(column.to_pylist()), np.uint64).reshape(-1, 2)
+        blocks.append(hashes[hashes[:, 0] % np.uint64(passes) == number])
+    found = np.ascontiguousarray(np.concatenate(blocks)).view("V16")
+    return len(found) - len(np.unique(found))
+
+
+def _plans(store: Store) -> Iterator[Plan]:
+    for number in snapshot_numbers(store):
+        if store.exists(f"{number:06d}/_plan.json"):
+            yield read_plan(store, number)
+
+
+def _needed(plan: Plan, complete: bool) -> Iterator[str]:
+    """Every path that a complete snapshot, or the one being written, is made of."""
+    yield from (f"{plan.number:06d}/_plan.json", plan.manifest)
+    done = {shard.record for shard in plan.shards} if complete else set()
+    for shard in plan.shards:
+        yield from (shard.plan, shard.record, shard.part, shard.reject_file)
+    earlier = {shard.carry for shard in plan.shards if shard.carry and not complete}
+    for path in {*plan.reused, *done, *earlier}:
+        record = read_record(plan.store, path)
+        yield from (path, record.shard.plan, *(file.path for file in _files(record)))
+
+
+def _begun(path: str, planning: set[int], latest: Plan | None) -> bool:
+    """Whether a file is of a snapshot whose plan is being written just now."""
+    number = path.split("/")[0]
+    return number.isdigit() and int(number) in planning and (latest is None or int(number) > latest.number)
+
+
+def _stale(store: Store, path: str) -> bool:
+    assert store.local is not None
+    return time.time() - (store.local / path).stat().st_mtime > DRAFT_AGE
