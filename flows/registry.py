@@ -197,11 +197,12 @@ def champion(name: str) -> str | None:
     import mlflow
 
     try:
-        return client().get_registered_model(name).aliases.get(CHAMPION)
+        version = client().get_registered_model(name).aliases.get(CHAMPION)
     except mlflow.MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return None
         raise
+    return None if version is None else str(version)
 
 
 def promote(root: Path, name: str, version: str, reason: str) -> bool:

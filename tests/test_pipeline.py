@@ -172,3 +172,39 @@ def test_registered_model_carries_its_requirements(root: Path, client: mlflow.Ml
 def test_json_is_all_of_standard_output(root: Path) -> None:
     assert os.environ["PREFECT_API_URL"]
     json.loads(run("ingest", "--json", root=root).stdout)
+
+
+def write_mess(folder: Path) -> None:
+    """Good images of several kinds, and files that are none."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image.save(folder / "good.jpg")
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+    image.convert("P").save(folder / "palette.png")
+    Image.fromarray(pixels[:, :, 0].astype(np.uint16) * 257).save(folder / "sixteen.png")
+    image.save(folder / "animated.gif", save_all=True, append_images=[image.rotate(90)])
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(folder / "rotated.jpg", exif=exif)
+    (folder / os.fsdecode(b"caf\xe9.jpg")).write_bytes((folder / "good.jpg").read_bytes())
+    (folder / "truncated.jpg").write_bytes((folder / "good.jpg").read_bytes()[:600])
+    (folder / "empty.png").touch()
+    (folder / "notes.jpg").write_text("not an image")
+
+
+def test_a_messy_folder(tmp_path: Path, prefect_server: str) -> None:
+    write_mess(tmp_path / "images")
+    command = ("ingest", "--source", f"folder:{tmp_path}/images", "--height", 32, "--width", 32)
+    failed = run(*command, root=tmp_path / "root", code=1)
+    for name in ("truncated.jpg", "empty.png", "notes.jpg"):
+        assert name in failed.stderr.splitlines()[-1]
+    done = run_json(*command, "--max-reject-share", 0.5, root=tmp_path / "root")
+    assert (done["rows"], done["rejected"]) == (7, 3)
+    rejects = pd.read_parquet(done["rejects"]).set_index("id")
+    assert set(rejects.index) == {"truncated.jpg", "empty.png", "notes.jpg"}
+    kept = pd.read_parquet(done["snapshot"]).set_index("id")
+    assert "caf%E9.jpg" in kept.index
+    assert kept.loc["rotated.jpg", ["width", "height"]].tolist() == [40, 30]
+    assert kept.loc["good.jpg", ["width", "height"]].tolist() == [30, 40]
