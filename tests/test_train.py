@@ -205,6 +205,11 @@ def test_training_improves_the_elbo_and_returns_an_evaluated_model() -> None:
     assert not result.model.training
 
 
+def test_an_empty_validation_split_is_none() -> None:
+    lines = fit(FLAT, SHORT, IMAGES, validation=HELD_OUT[:0]).history
+    assert {line.split for line in lines} == {"train", "epoch"}
+
+
 def test_images_that_do_not_fit_are_refused_before_any_work() -> None:
     with pytest.raises(ValueError, match=r"images of shape \(50, 1, 9, 8\) do not fit the model"):
         fit(FlatConfig(height=8, width=8, channels=1), SHORT, IMAGES)

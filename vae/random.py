@@ -57,7 +57,7 @@ class Draws(Protocol):
 class StepDraws:
     """The draws of one training step, f(seed, stream, step), for its whole batch at once."""
 
-    def __init__(self, seed: int, step: int, rows: int, device: torch.device | str = "cpu"):
+    def __init__(self, seed: int, step: int | str, rows: int, device: torch.device | str = "cpu"):
         self.seed, self.step, self.rows, self.device = seed, step, rows, device
 
     def normal(self, stream: str, *shape: int) -> Tensor:

@@ -195,7 +195,7 @@ class _Run:
     ):
         self.config, self.device, self.progress = config, device, progress
         self.images = pixels.tensor(images).to(device)
-        self.validation = None if validation is None else pixels.tensor(validation)
+        self.validation = self.images[:0] if validation is None else pixels.tensor(validation)
         self.model = build(model_config, config.seed).to(device)
         _check_objective(self.model, config)
         self.model.initialize(self.images[:INITIAL_IMAGES])
@@ -243,7 +243,7 @@ class _Run:
         seen, target = self.model.observe(batch, draws)
         noise = draws.normal("posterior", config.samples, self.model.latent_dim)
         inference = self.model.infer(seen, noise.transpose(0, 1).flatten(0, 1))
-        loss, now = training_loss(config, self._beta(), inference, target)
+        loss, now = training_loss(config, beta_at(config, self.step, self.steps), inference, target)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.param_groups[0]["lr"] = learning_rate_at(config, self.step, self.steps)
@@ -251,9 +251,6 @@ class _Run:
         self.meter.add(now, loss, len(batch))
         self.step += 1
         self.images_seen += len(batch)
-
-    def _beta(self) -> float:
-        return beta_at(self.config, self.step, self.steps)
 
     # -- reporting
 
@@ -264,7 +261,7 @@ class _Run:
             self._record("train", *self.meter.read_interval())
         if epoch_ends:
             self._record("epoch", *self.meter.read_epoch())
-            if self.validation is not None:
+            if len(self.validation):
                 self._record("validation", *self._validate(self.validation))
             self._timed_from = (time.perf_counter(), self.images_seen)
 
@@ -296,9 +293,9 @@ class _Run:
         size = pixels.rows_at_once(self.model.config)
         for start in range(0, len(images), size):
             batch = images[start : start + size].to(self.device)
-            draws = StepDraws(self.config.seed, start, len(batch), self.device)
+            draws = StepDraws(self.config.seed, f"validation/{start}", len(batch), self.device)
             seen, target = self.model.observe(batch, draws)
-            now = terms(self.model.infer(seen, draws.normal("validation", self.model.latent_dim)), target)
+            now = terms(self.model.infer(seen, draws.normal("posterior", self.model.latent_dim)), target)
             sums += torch.stack([now.log_likelihood.sum(), now.kl.sum()])
         self.model.train()
         log_likelihood, kl = (sums / len(images)).tolist()
