@@ -6,10 +6,13 @@ Shapes: B batch, C channels, H W pixels; images are uint8 (B, C, H, W).
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread, current_thread
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +32,7 @@ from data.images import (
 from data.sources import Source
 
 CHUNK = 64  # images one worker takes at a time
+REMOTE_WORKERS = 32  # threads that mostly wait for a network
 AHEAD = 2  # batches decoded before they are asked for
 
 
@@ -72,7 +76,8 @@ def stream(
     """Batches of a source's images, read and decoded ahead in threads; memory is that of a few batches.
 
     `rows` picks rows of the source's listing, in their order; all of it when None. A batch holds up to
-    `batch_size` images: fewer where some are rejected. `workers` defaults to the machine's cores.
+    `batch_size` images: fewer where some are rejected. `workers` defaults to the machine's cores, more for a
+    remote source. An image that takes longer than `limits.max_seconds` is a reject of code hang.
 
     >>> from data.sources import open_source
     >>> digits = open_source("digits")
@@ -81,18 +86,18 @@ def stream(
     ((100, 1, 8, 8), 'digits/000000000')
     """
     path.geometry  # noqa: B018  an open geometry is the caller's error, before any work
-    pieces = rebatch(source.listing() if rows is None else rows, batch_size)
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="decode") as pool:
-        pending: deque[list[Future[Batch]]] = deque()
-        try:
-            for piece in pieces:
-                pending.append(_submit(pool, source, piece, path, limits))
-                if len(pending) > AHEAD:
-                    yield _join(pending.popleft())
-            while pending:
-                yield _join(pending.popleft())
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    count = workers or (REMOTE_WORKERS if "://" in source.uri else os.cpu_count() or 1)
+    crew = _Crew(lambda piece: read_rows(source, piece, path, limits), path, limits.max_seconds, count)
+    pending: deque[list[_Task]] = deque()
+    try:
+        for piece in rebatch(source.listing() if rows is None else rows, batch_size):
+            pending.append([crew.submit(chunk) for chunk in _chunks(piece)])
+            if len(pending) > AHEAD:
+                yield crew.join(pending.popleft())
+        while pending:
+            yield crew.join(pending.popleft())
+    finally:
+        crew.close()
 
 
 def read_rows(source: Source, rows: pa.RecordBatch, path: DecodePath, limits: Limits = LIMITS) -> Batch:
@@ -127,24 +132,95 @@ def rebatch(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.RecordB
         yield pa.concat_batches(held)
 
 
-def _submit(
-    pool: ThreadPoolExecutor, source: Source, rows: pa.RecordBatch, path: DecodePath, limits: Limits
-) -> list[Future[Batch]]:
-    return [
-        pool.submit(read_rows, source, rows.slice(start, CHUNK), path, limits)
-        for start in range(0, rows.num_rows, CHUNK)
-    ]
+def _chunks(rows: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    return (rows.slice(start, CHUNK) for start in range(0, rows.num_rows, CHUNK))
 
 
-def _join(chunks: list[Future[Batch]]) -> Batch:
-    parts = [chunk.result() for chunk in chunks]
-    return Batch(
-        np.concatenate([part.images for part in parts]),
-        pa.concat_batches([part.rows for part in parts]),
-        [digest for part in parts for digest in part.hashes],
-        np.concatenate([part.sizes for part in parts]),
-        [reject for part in parts for reject in part.rejects],
-    )
+class _Task:
+    """Rows for a worker, when it began on them, and what came of it."""
+
+    def __init__(self, rows: pa.RecordBatch):
+        self.rows = rows
+        self.result: Future[Batch] = Future()
+        self.began: float | None = None
+        self.worker: Thread | None = None
+        self.given_up = False
+
+
+class _Crew:
+    """Threads that read and decode, with a watchdog: a thread cannot be ended, but it can be left behind.
+
+    When a chunk takes longer than an image may, its images are done again, each on its own: the one
+    that hangs is a reject, and the others are as if nothing had happened.
+    """
+
+    def __init__(self, work: Callable[[pa.RecordBatch], Batch], path: DecodePath, patience: float, size: int):
+        self._work, self._path, self._patience = work, path, patience
+        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        self._threads: list[Thread] = []
+        self._closed = False
+        for _ in range(size):
+            self._hire()
+
+    def submit(self, rows: pa.RecordBatch) -> _Task:
+        task = _Task(rows)
+        self._tasks.put(task)
+        return task
+
+    def join(self, tasks: list[_Task]) -> Batch:
+        """The tasks' batches as one, in their order."""
+        parts = [self._wait(task) for task in tasks]
+        return Batch(
+            np.concatenate([part.images for part in parts]),
+            pa.concat_batches([part.rows for part in parts]),
+            [digest for part in parts for digest in part.hashes],
+            np.concatenate([part.sizes for part in parts]),
+            [reject for part in parts for reject in part.rejects],
+        )
+
+    def close(self) -> None:
+        """Let the threads go, once each has finished what it is at; those left behind are not waited for."""
+        self._closed = True
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _hire(self) -> None:
+        thread = Thread(target=self._toil, name="decode", daemon=True)  # a hung one must not hold up the exit
+        self._threads.append(thread)
+        thread.start()
+
+    def _toil(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            task.worker, task.began = current_thread(), time.monotonic()
+            try:
+                if not self._closed:
+                    task.result.set_result(self._work(task.rows))
+            except BaseException as error:
+                task.result.set_exception(error)  # raised where the batch is asked for
+            if task.given_up:
+                return
+
+    def _wait(self, task: _Task) -> Batch:
+        while True:
+            left = self._patience if task.began is None else task.began + self._patience - time.monotonic()
+            try:
+                return task.result.result(timeout=max(left, 0.0))
+            except TimeoutError:
+                if not task.result.done() and task.began is not None and left <= 0.0:
+                    return self._leave_behind(task)
+
+    def _leave_behind(self, task: _Task) -> Batch:
+        task.given_up = True
+        self._threads = [thread for thread in self._threads if thread is not task.worker]
+        self._hire()
+        if task.rows.num_rows > 1:
+            return self.join([self.submit(task.rows.slice(row, 1)) for row in range(task.rows.num_rows)])
+        hang = Reject("hang", f"not read and decoded within {self._patience:g} seconds", "decode")
+        empty = np.empty((0, *self._path.geometry), np.uint8)
+        sizes = np.empty((0, 2), np.int32)
+        return Batch(empty, task.rows.slice(0, 0), [], sizes, [(task.rows["id"][0].as_py(), hang)])
 
 
 def _hwc(path: DecodePath) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.batches import rebatch, stream
-from data.images import DecodePath
-from data.sources import open_source
+from data.images import DecodePath, Limits
+from data.sources import Payload, Source, open_source
 
 PATH = DecodePath(8, 8, 3)
 
 
 def folder_of(root: Path, count: int) -> str:
+    root.mkdir(exist_ok=True)
     for i in range(count):
         Image.new("RGB", (9, 9), (i % 256, i // 256, 7)).save(root / f"{i:04d}.png")
     return f"folder:{root}"
@@ -98,3 +100,36 @@ def test_pixels_and_files_give_the_same_images(tmp_path: Path) -> None:
     (arrays,) = stream(digits, DecodePath(11, 13, 1), rows=[rows])
     assert np.array_equal(files.images, arrays.images)
     assert arrays.sizes.tolist() == [[8, 8]] * 20
+
+
+class Stuck:
+    """A folder of which one file is a pipe that is opened, and waited on, as a dead network disk is."""
+
+    def __init__(self, source: Source, pipe: Path):
+        self._source, self._pipe = source, pipe
+        self.uri, self.hashed, self.listing = source.uri, source.hashed, source.listing
+
+    def read(self, rows: pa.RecordBatch, limits: Limits) -> Payload:
+        if self._pipe.name in rows["id"].to_pylist():
+            self._pipe.read_bytes()
+        return self._source.read(rows, limits)
+
+
+def test_a_hang_is_a_reject_and_named(tmp_path: Path) -> None:
+    uri = folder_of(tmp_path / "in", 100)
+    os.mkfifo(tmp_path / "in" / "0050.pipe")
+    stuck = Stuck(open_source(uri), tmp_path / "in" / "0050.pipe")
+    batches = list(stream(stuck, PATH, 70, limits=Limits(max_seconds=1.0), workers=2))  # type: ignore[arg-type]
+    assert [key for batch in batches for key in batch.ids] == [f"{i:04d}.png" for i in range(100)]
+    ((key, reject),) = [reject for batch in batches for reject in batch.rejects]
+    assert (key, reject.error) == ("0050.pipe", "hang")
+
+
+def test_a_failing_source_raises_where_it_is_read(tmp_path: Path) -> None:
+    class Failing(Stuck):
+        def read(self, rows: pa.RecordBatch, limits: Limits) -> Payload:
+            raise OSError("the disk is gone")
+
+    source = Failing(open_source(folder_of(tmp_path, 10)), tmp_path)
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(stream(source, PATH))  # type: ignore[arg-type]
