@@ -192,7 +192,7 @@ def test_the_learning_rate_falls_along_half_a_cosine(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(train._Run, "train_step", spy)
     fit(FLAT, dataclasses.replace(SHORT, learning_rate_schedule="cosine"), IMAGES)
-    np.testing.assert_allclose(rates, 1e-3 * (1 + np.cos(np.pi * np.arange(12) / 12)) / 2)
+    np.testing.assert_allclose(rates, 2e-3 * (1 + np.cos(np.pi * np.arange(12) / 12)) / 2)
 
 
 def test_training_improves_the_elbo_and_returns_an_evaluated_model() -> None:

@@ -151,7 +151,7 @@ def _default_hidden(network: str, height: int, width: int) -> tuple[int, ...]:
     if network == "mlp":
         return (400,)
     stages = max(1, (max(height, width) - 1).bit_length() - 2)
-    return tuple(min(32 * 2**stage, 256) for stage in range(stages))
+    return tuple(min(16 * 2**stage, 256) for stage in range(stages))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +191,7 @@ class FlatConfig(NetworkConfig):
 
     >>> config = FlatConfig(height=28, width=28, channels=1)
     >>> config.hidden
-    (32, 64, 128)
+    (16, 32, 64)
     >>> model_config(config.to_dict()) == config
     True
     """
@@ -249,7 +249,7 @@ class TrainConfig(Config):
 
     epochs: int = 20
     batch_size: int = 128
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     learning_rate_schedule: str = "constant"
     seed: int = 0
     objective: str = "elbo"
