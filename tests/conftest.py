@@ -8,21 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from parts import need
 
 from flows.environment import make_root, prepare
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 SESSION_ROOT = Path(tempfile.mkdtemp(prefix="vae-flows-tests-"))
 prepare(SESSION_ROOT)  # before any test module imports prefect or mlflow
-
-
-def need(present: object, part: str) -> None:
-    """Skip with the reason where a part is absent; in CI, which installs it, fail."""
-    if not present:
-        message = f"{part} is not on this machine"
-        if os.environ.get("CI"):
-            pytest.fail(f"{message}, and CI should have installed it")
-        pytest.skip(message)
 
 
 @pytest.fixture(scope="session")

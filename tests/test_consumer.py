@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from parts import need
 from PIL import Image
-
-from tests.conftest import need
-from tests.pipeline import SHORT, run_json
+from pipeline import SHORT, run_json
 
 HOME = Path(__file__).parent.parent
 

@@ -11,9 +11,9 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from pipeline import SHORT, run_json, signal_at
 
 import vae
-from tests.pipeline import SHORT, run_json, signal_at
 
 # A step's own log lines, two or more of each, in the order of the flow.
 MOMENTS = (

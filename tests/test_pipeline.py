@@ -15,10 +15,10 @@ import pandas as pd
 import polars as pl
 import pytest
 from PIL import Image
+from pipeline import SHORT, run, run_json
 from sklearn.datasets import load_digits
 
 import vae
-from tests.pipeline import SHORT, run, run_json
 
 
 @pytest.fixture(scope="module")
