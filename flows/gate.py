@@ -43,6 +43,8 @@ def judge(challenger: Scores, champion: Scores | None) -> tuple[bool, str]:
         return False, fault
     if champion is None:
         return True, "the first sound version"
+    if challenger.headline != champion.headline:
+        return False, f"no contest: it has {challenger.headline}, the champion {champion.headline}"
     for part in SAME_PROTOCOL:
         ours, theirs = challenger.protocol.get(part), champion.protocol.get(part)
         if ours != theirs:

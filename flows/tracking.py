@@ -41,8 +41,8 @@ def tracked(config: Command) -> Iterator[Run]:
     token = _active.set(run)
     try:
         yield run
-    except Exception:
-        run.close("FAILED")
+    except Exception as error:
+        run.fail(error)
         raise
     except BaseException:  # Ctrl-C, SIGTERM: the same command goes on under the same run
         run.close("KILLED")
@@ -113,6 +113,11 @@ class Run:
     def sign(self, result: R) -> R:
         """A flow's result with the run's id, if there is a run."""
         return result.model_copy(update={"run_id": self._id})
+
+    def fail(self, error: Exception) -> None:
+        """End the run as FAILED, with the error's first line as a tag; a failure is on record from its start."""
+        client().set_tag(self.id, "error", (str(error) or type(error).__name__).splitlines()[0][:500])
+        self.close("FAILED")
 
     def close(self, status: str) -> None:
         """End the run, if it was ever begun."""
