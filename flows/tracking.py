@@ -115,7 +115,7 @@ class Run:
         return result.model_copy(update={"run_id": self._id})
 
     def fail(self, error: Exception) -> None:
-        """End the run as FAILED, with the error's first line as a tag; a failure is on record from its start."""
+        """End the run, created if need be, as FAILED, with the error's first line as a tag."""
         client().set_tag(self.id, "error", (str(error) or type(error).__name__).splitlines()[0][:500])
         self.close("FAILED")
 
