@@ -159,7 +159,7 @@ def _plot_bar(shares: dict[str, list[float]]) -> None:
     axes.plot(shares["degrees"], shares["added"], "o-", label="added to images without")
     axes.plot(shares["degrees"], shares["removed"], "o-", label="removed from images with")
     axes.set(xlabel="degree", ylabel="share with a bar", ylim=(-0.03, 1.03))
-    axes.legend()
+    axes.legend(loc="center left")
     _save(figure, "bar_by_degree")
 
 

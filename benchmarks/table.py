@@ -168,7 +168,7 @@ def table(sets: list[str], seeds: list[int], minutes: float) -> str:
     foot = (
         f"Nats an image, ± standard error over the {protocol['images']:,} test images, binarised and scored "
         f"under seed {protocol['seed']}; NLL by importance weighting with K = {protocol['k']}. Training "
-        f"seed {seeds[0]}; measured {records[0]['finished'][:10]} on one thread of a {where['cpu']} "
+        f"seed {seeds[0]}; measured {records[0]['finished'][:10]} on one thread of {where['cpu']} "
         f"({where['cores']} cores, shared), torch {where['torch']}, Python {where['python']}."
     )
     return "\n".join([*lines, "", foot, "", *_pair_lines(sets[0], seeds, minutes)])
