@@ -169,6 +169,47 @@ def test_registered_model_carries_its_requirements(root: Path, client: mlflow.Ml
     assert {line.split("==")[0] for line in requirements} == {"mlflow", "numpy", "safetensors", "torch"}
 
 
+def test_interpolation_runs_from_one_reconstruction_to_the_other(
+    root: Path, retrained: dict[str, Any], tmp_path: Path
+) -> None:
+    ends = ("digits/000000003", "digits/000000010")
+    model = ("--model", "models:/vae-digits@champion", "--table", retrained["latents"]["uri"])
+    way = run_json(
+        "interpolate", *ends, *model, "--steps", 5, "--stop", 2, "--picture", tmp_path / "way.png",
+        "--out", tmp_path / "tables", root=root,
+    )  # fmt: skip
+    drawn = pd.read_parquet(way["table"]).sort_values("index")
+    latents = pd.read_parquet(retrained["latents"]["uri"]).set_index("id")["mu"]
+    at = np.stack(drawn["z"].to_numpy())
+    np.testing.assert_allclose(at[0], latents[ends[0]], rtol=1e-6)
+    np.testing.assert_allclose(at[2], latents[ends[1]], rtol=1e-6)
+    np.testing.assert_allclose(at[4], 2 * at[2] - at[0], rtol=1e-4, atol=1e-5)
+    assert Image.open(tmp_path / "way.png").size == (5 * 50, 50)
+
+
+def test_edit_adds_a_label_by_degree(root: Path, retrained: dict[str, Any], tmp_path: Path) -> None:
+    model = ("--model", "models:/vae-digits@champion", "--table", retrained["latents"]["uri"])
+    picture = ("--picture", tmp_path / "edit.png")
+    edited = run_json("edit", "digits/000000000", "--attribute", 8, *model, *picture, root=root)
+    assert "8 +" in edited["notes"][0]
+    assert Image.open(tmp_path / "edit.png").size == (7 * 50, 50)
+    line = run("edit", "digits/000000000", "--attribute", "dark", *model, *picture, root=root, code=1).stderr
+    assert "--attribute 'dark' is no numeric column and no label (0, 1, 2," in line
+
+
+def test_reconstruct_draws_files_under_their_originals(
+    root: Path, retrained: dict[str, Any], tmp_path: Path
+) -> None:
+    write_digits(tmp_path / "images", 3)
+    files = sorted((tmp_path / "images").rglob("*.png"))
+    picture = tmp_path / "pairs.png"
+    run("reconstruct", *files, "--model", "models:/vae-digits@champion", "--picture", picture, root=root)
+    page = np.asarray(Image.open(picture))
+    assert page.shape == (2 * 50, 3 * 50)
+    original = np.asarray(Image.open(files[0])).repeat(6, 0).repeat(6, 1)
+    np.testing.assert_array_equal(page[1:49, 1:49], original)
+
+
 def test_json_is_all_of_standard_output(root: Path) -> None:
     assert os.environ["PREFECT_API_URL"]
     json.loads(run("ingest", "--json", root=root).stdout)
