@@ -73,8 +73,7 @@ def _down(kind: str, inputs: int, outputs: int) -> nn.Sequential:
         return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.SiLU())
     if kind == "residual":
         return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), pool, Residual(outputs))
-    # the maximum and ReLU commute, and ReLU after pooling has a quarter of the pixels
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), pool, nn.ReLU())
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), pool, nn.SiLU())
 
 
 def _up(kind: str, inputs: int, outputs: int, size: tuple[int, int]) -> nn.Sequential:
@@ -134,9 +133,8 @@ def _conv_decoder(config: NetworkConfig, image: tuple[int, int, int]) -> list[nn
     sizes = halvings(config.height, config.width, len(_hidden(config)))[-2::-1]
     channels = (*reversed(_hidden(config)), image[0])
     deepest = channels[0], *_smallest(config)
-    activation = nn.SiLU if config.network != "conv" else nn.ReLU
     stages = [
-        (activation(), _up(kind, i, o, size))
+        (nn.SiLU(), _up(kind, i, o, size))
         for (i, o), size in zip(itertools.pairwise(channels), sizes, strict=True)
     ]
     start = [nn.Linear(config.latent_dim, math.prod(deepest)), nn.Unflatten(1, deepest)]
