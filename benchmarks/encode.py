@@ -159,6 +159,7 @@ def hugging_face(kind: str, folder: Path, out: Path) -> Callable[[], int]:
 def ours(kind: str, folder: Path, out: Path) -> Callable[[], int]:
     """plan_encode and encode_table, with hashes, lineage, rejects and the commit protocol."""
     import cv2  # noqa: F401  imported before the clock starts, as every contender's libraries are
+    import pandas  # noqa: F401  pyarrow imports it with its first array
     import torch
 
     from data.images import DecodePath

@@ -326,7 +326,7 @@ def read_file(store: Store, file: StoredFile, columns: list[str] | None = None) 
 
 def checked_bytes(store: Store, file: StoredFile) -> bytes:
     """A committed file's bytes; ValueError if they are not what was committed."""
-    data = store.get(file.path)
+    data = store.get(file.path) if store.local is None else (store.local / file.path).read_bytes()
     if hashlib.sha256(data).hexdigest() != file.sha256:
         raise ValueError(f"{store.uri(file.path)} is damaged: its sha256 is not that of its record")
     return data

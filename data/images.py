@@ -26,7 +26,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import blake3
@@ -143,7 +143,7 @@ class DecodePath:
             channels=self.channels or channels,
         )
 
-    @property
+    @cached_property
     def geometry(self) -> tuple[int, int, int]:
         """(C, H, W) of the pixels; ValueError while one of them is open."""
         if self.height is None or self.width is None or self.channels is None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import platform
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -28,6 +30,7 @@ from data.commit import (
     Plan,
     Progress,
     Shard,
+    StoredFile,
     plan_table,
     put_manifest,
     read_file,
@@ -311,20 +314,26 @@ def read_latents(uri: str, column: str = "mu") -> tuple[np.ndarray, np.ndarray]:
     `column` is mu, logvar or any other fixed-width column. ValueError for a damaged file.
     """
     manifest = open_table(uri)
-    ids: list[np.ndarray] = []
-    values: np.ndarray | None = None
-    start = 0
-    for file in manifest.parts:
-        table = read_file(manifest.store, file, ["id", column])
-        block = matrix(table[column])
-        if values is None:
-            values = np.empty((manifest.rows, *block.shape[1:]), block.dtype)
-        values[start : start + len(block)] = block
-        ids.append(table["id"].to_numpy())
-        start += len(block)
-    if values is None:
+    if not manifest.rows:
         raise ValueError(f"the table at {uri} has no rows")
-    return np.concatenate(ids), values
+    ids = np.empty(manifest.rows, object)
+    starts = np.cumsum([0, *(file.rows for file in manifest.parts)])
+    ids[: starts[1]], first = _block(manifest, manifest.parts[0], column)
+    values = np.empty((manifest.rows, *first.shape[1:]), first.dtype)
+    values[: starts[1]] = first
+
+    def fill(place: int) -> None:
+        start, stop = starts[place : place + 2]
+        ids[start:stop], values[start:stop] = _block(manifest, manifest.parts[place], column)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(fill, range(1, len(manifest.parts))))
+    return ids, values
+
+
+def _block(manifest: Manifest, file: StoredFile, column: str) -> tuple[np.ndarray, np.ndarray]:
+    table = read_file(manifest.store, file, ["id", column])
+    return table["id"].to_numpy(), matrix(table[column])
 
 
 def matrix(column: pa.ChunkedArray) -> np.ndarray:

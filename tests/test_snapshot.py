@@ -199,6 +199,27 @@ def test_a_snapshot_is_a_source(tmp_path: Path) -> None:
     assert again.counts == snapshot.counts
 
 
+def test_a_snapshot_of_more_rows_than_a_batch_of_its_listing(tmp_path: Path) -> None:
+    images = RNG.integers(0, 256, (9_000, 3, 5), np.uint8)
+    header = bytes([0, 0, 8, 3]) + np.array(images.shape, ">u4").tobytes()
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(header + images.tobytes())
+    snapshot = ingest(open_source(f"idx:{tmp_path}"), DecodePath(), open_store(tmp_path / "out"))
+    source = open_source(f"snapshot:{snapshot.uri}")
+    streamed = np.concatenate([batch.images for batch in stream(source, snapshot.decode, 1000)])
+    assert np.array_equal(streamed[:, 0], images)
+
+
+def test_columns_pass_through_a_snapshot(tmp_path: Path) -> None:
+    folder = noise(tmp_path / "in", ["a.png", "b.png"])
+    (folder / "metadata.csv").write_text("file_name,label,author,id\na.png,x,ann,7\nb.png,y,bob,8\n")
+    snapshot = take(folder, tmp_path / "out")
+    source = open_source(f"snapshot:{snapshot.uri}")
+    rows = next(source.listing())
+    assert rows["author"].to_pylist() == ["ann", "bob"]
+    assert rows["source_id"].to_pylist() == ["7", "8"]
+    assert resident(snapshot).labels == ["x", "y"]
+
+
 def test_a_damaged_part_is_never_read(tmp_path: Path) -> None:
     snapshot = ingest(open_source("digits"), DecodePath(), open_store(tmp_path))
     (part,) = Path(snapshot.uri).rglob("part-*.parquet")

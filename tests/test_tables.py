@@ -439,18 +439,20 @@ def test_10_000_bit_flips(tmp_path: Path) -> None:
 
 # Forks one process a system call, lets strace kill (or fail) it at its n-th such call, until one survives.
 INJECTED = """
-import os, pathlib, subprocess, sys
+import os, pathlib, shutil, subprocess, sys
 from tests.test_tables import run
 
-folder, base = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
-for fault in sys.argv[3:]:
+folder, base, seed = (pathlib.Path(place) for place in sys.argv[1:4])
+for fault in sys.argv[4:]:
     for when in range(1, 200):
         root = base / f"{fault.replace(':', '-').replace(',', '-')}-{when}"
+        if seed.exists():
+            shutil.copytree(seed, root)
         ready, go = os.pipe()
         child = os.fork()
         if child == 0:
             os.read(ready, 1)
-            os._exit(run(folder, root, share=0.2).rows != 11)
+            os._exit(run(folder, root, share=0.2).rows not in (11, 12))
         inject = f"inject={fault}:when={when}"
         strace = subprocess.Popen(["strace", "-f", "-qq", "-o", os.devnull, "-e", inject, "-p", str(child)])
         while "TracerPid:\t0" in pathlib.Path(f"/proc/{child}/status").read_text():
@@ -474,15 +476,39 @@ def test_stopped_at_every_system_call_of_a_commit(tmp_path: Path, fault: str) ->
     """SIGKILL at (or a failure of) each one, then the same job: nothing lost, doubled or torn."""
     folder = folder_of(tmp_path / "in", range(12))
     (folder / "0003.png").write_bytes(b"")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-c", INJECTED, str(folder), str(tmp_path / "out"), fault]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    points = int(done.stdout.split()[1])
-    assert points > 5
-    for when in range(1, points + 1):
-        root = tmp_path / "out" / f"{fault.replace(':', '-')}-{when}"
+    for root in _stopped(folder, tmp_path, fault):
         for part in root.rglob("part-*.parquet"):
             pq.read_table(part, page_checksum_verification=True)  # what has its name is whole
         result = run(folder, root, share=0.2)
         assert (result.rows, result.rejected, result.snapshot) == (11, 1, 1)
         check(result.uri, folder)
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", KILLS)
+def test_stopped_at_every_system_call_of_an_append(tmp_path: Path, fault: str) -> None:
+    """Readers see the old snapshot or the new one at every point, and the new one in the end."""
+    folder = folder_of(tmp_path / "in", range(12))
+    before = run(folder, tmp_path / "seed")
+    folder_of(folder, range(12, 14))
+    (folder / "0003.png").write_bytes(b"")
+    (folder / "0011.png").unlink()
+    for root in _stopped(folder, tmp_path, fault):
+        (table,) = root.iterdir()
+        assert open_table(str(table)).rows in (before.rows, 12)
+        verify(str(table))
+        result = run(folder, root, share=0.2)
+        assert (result.rows, result.rejected, result.snapshot) == (12, 1, 2)
+        check(result.uri, folder)
+
+
+def _stopped(folder: Path, tmp_path: Path, fault: str) -> list[Path]:
+    """Roots of jobs that were stopped at their first, second, ... such call, and of one that was not."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    places = [str(folder), str(tmp_path / "out"), str(tmp_path / "seed")]
+    command = [sys.executable, "-c", INJECTED, *places, fault]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    points = int(done.stdout.split()[1])
+    assert points > 5
+    return [tmp_path / "out" / f"{fault.replace(':', '-')}-{when}" for when in range(1, points + 1)]
