@@ -248,9 +248,14 @@ def _tops(store: Store) -> tuple[list[str], bool]:
         tops = [name for name in store.folders() if not name.startswith(".")]
         first = (entry.path for entry in store.entries())
         return tops, any("/" not in path and not _hidden(path) and path not in TABLES for path in first)
-    entries = [entry for entry in os.scandir(store.local) if not entry.name.startswith(".")]
-    tops = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    return tops, any(entry.name not in (*tops, *TABLES) for entry in entries)
+    tops = []
+    with _scan(os.fsencode(store.local)) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                tops.append(os.fsdecode(entry.name))
+            elif not entry.name.startswith(b".") and os.fsdecode(entry.name) not in TABLES:
+                return tops, True  # a flat folder may hold millions: one is enough to know
+    return [name for name in tops if not name.startswith(".")], False
 
 
 def _open_labels(store: Store) -> Labels | None:
