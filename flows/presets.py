@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-# A rate that falls to zero ends better than a constant one at every length measured.
+# On Fashion-MNIST a rate that falls to zero ends better than a constant one; on the few digits it does not.
 ANNEALED = {"learning_rate_schedule": "cosine"}
 
 
@@ -21,7 +21,7 @@ def digits() -> dict[str, Any]:
     """The textbook's, for the 1,451 small training images that scikit-learn ships: more and smaller steps."""
     return {
         "model": {"model": "flat", "network": "conv", "latent_dim": 16},
-        "training": {**ANNEALED, "epochs": 60, "batch_size": 64, "checkpoint_every": 200},
+        "training": {"epochs": 60, "batch_size": 64, "checkpoint_every": 200},
     }
 
 
@@ -40,7 +40,7 @@ def autoencoder() -> dict[str, Any]:
 
 def ladder() -> dict[str, Any]:
     """The hierarchical VAE: levels of spatial latents, each conditioned on those above; the better model."""
-    return {"model": {"model": "ladder"}, "training": {**ANNEALED, "epochs": 20, "learning_rate": 2e-3}}
+    return {"model": {"model": "ladder"}, "training": {**ANNEALED, "epochs": 20}}
 
 
 PRESETS: dict[str, Callable[[], dict[str, Any]]] = {

@@ -122,10 +122,12 @@ def save_checkpoint(store: Store, step: int, blob: bytes) -> None:
 
 
 def read_checkpoints(store: Store) -> Iterator[bytes]:
-    """The checkpoints, newest first."""
+    """The checkpoints, newest first; one that did not serve is removed."""
     for entry in sorted(store.entries("checkpoints"), reverse=True):
         logger.info("train: resuming from %s", entry.path)
         yield store.get(entry.path)
+        # Asked for another: this one is damaged, and would stand in the way of a new one of its step.
+        store.delete(entry.path)
 
 
 def report_progress(event: Progress, run: Run, advance: Advance) -> None:
