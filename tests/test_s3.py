@@ -28,8 +28,8 @@ from data.tables import (
     plan_encode,
     read_latents,
     table_files,
-    verify,
 )
+from data.upkeep import verify
 
 server = pytest.importorskip("moto.server", reason="moto's server is not installed")
 
