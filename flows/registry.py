@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vae_flows.registry")
 JOB_TAG = "vae_flows.job"
 CHAMPION, CHALLENGER = "champion", "challenger"
-BUNDLE = "artifacts/bundle"  # where MLflow keeps it inside the logged model
+BUNDLE = "artifacts/bundle"  # in the logged model, where MLflow keeps a folder under its own name
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,6 @@ def _requirements() -> list[str]:
     from importlib.metadata import version
 
     return [f"{name}=={version(name).split('+')[0]}" for name in ("mlflow", "numpy", "safetensors", "torch")]
-
-
-# --- the alias and its history ---------------------------------------------------------------------------
 
 
 def history(root: Path, name: str) -> list[dict[str, Any]]:
