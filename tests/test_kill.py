@@ -61,8 +61,8 @@ def test_the_weights_are_bitwise_those_of_an_undisturbed_run(
 def test_one_version_and_one_run(killed: tuple[Path, dict[str, Any]]) -> None:
     root, _ = killed
     client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db", f"sqlite:///{root}/mlflow.db")
-    assert [version.version for version in client.search_model_versions("name = 'vae-digits'")] == ["1"]
-    assert client.get_model_version_by_alias("vae-digits", "champion").version == "1"
+    assert [str(v.version) for v in client.search_model_versions("name = 'vae-digits'")] == ["1"]
+    assert str(client.get_model_version_by_alias("vae-digits", "champion").version) == "1"
     runs = client.search_runs(["1"])
     assert [run.info.status for run in runs] == ["FINISHED"]
     history = client.get_metric_history(runs[0].info.run_id, "validation/elbo")
