@@ -35,10 +35,8 @@ def run(command: str, config: Command, *, as_json: bool) -> int:
     except SystemExit:
         return _say(f"{command} terminated: the same command goes on from here", TERMINATED)
     except Exception as error:
-        if not isinstance(
-            error, ValueError
-        ):  # an error of ours or of the machine: whoever looks into it wants all
-            traceback.print_exc()
+        if not isinstance(error, ValueError):
+            traceback.print_exc()  # an error of ours or of the machine: whoever looks into it wants all of it
         return _say(f"{command} failed: {' '.join(str(error).split()) or type(error).__name__}", 1)
     print(json.dumps(result.model_dump(mode="json"), indent=2) if as_json else result.summary())
     return 0

@@ -42,7 +42,7 @@ def encode(config: Encode) -> Table:
         logger.info("encode: %s with %s", config.source, model.uri)
         table = encode_images(config, model)
         _tell(table)
-        if table.changed:
+        if run.wants(table):
             run.log_metrics({"encode/rows": table.rows, "encode/rejected": table.rejected})
             run.log_json("latents.json", table.model_dump())
         return run.sign(table)

@@ -19,7 +19,7 @@ from flows.ingest import snapshot_of
 from flows.jobs import digest, job_store, put_record, read_record
 from flows.registry import Located, locate
 from flows.results import Ingested, Scores, number
-from flows.tracking import tracked
+from flows.tracking import Run, tracked
 
 logger = logging.getLogger("vae_flows.evaluate")
 
@@ -35,15 +35,22 @@ def evaluate(config: Evaluate) -> Scores:
         job = f"evaluate-{digest(facts['weights'], ingested.fingerprint, protocol(config))}"
         if (record := read_record(job_store(config.root, job), "scores.json")) is not None:
             logger.info("evaluate: unchanged, %s is scored", model.uri)
-            return run.sign(Scores(**record))
-        scores = score(config, model, ingested, job)
-        for name, one in scores.scalars().items():
-            logger.info("evaluate: %s %s", name, number(one))
-            run.log_metrics({f"{config.split}/{name}": one["value"]})
-            if one["stderr"] is not None:
-                run.log_metrics({f"{config.split}/{name}_stderr": one["stderr"]})
-        run.log_json(f"evaluation-{config.split}.json", scores.model_dump(mode="json"))
+            scores = Scores(**record)
+        else:
+            scores = score(config, model, ingested, job)
+        if run.wants(scores):
+            _log(run, scores)
         return run.sign(scores)
+
+
+def _log(run: Run, scores: Scores) -> None:
+    split = scores.protocol["split"]
+    for name, one in scores.scalars().items():
+        logger.info("evaluate: %s %s", name, number(one))
+        run.log_metrics({f"{split}/{name}": one["value"]})
+        if one["stderr"] is not None:
+            run.log_metrics({f"{split}/{name}_stderr": one["stderr"]})
+    run.log_json(f"evaluation-{split}.json", scores.model_dump(mode="json"))
 
 
 @task(cache_policy=NO_CACHE)

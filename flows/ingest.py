@@ -35,7 +35,7 @@ def ingest(config: Ingest) -> Ingested:
         )
         if ingested.rejected:
             logger.warning("ingest: %s", told(ingested))
-        if ingested.changed:
+        if run.wants(ingested):
             _log(run, ingested)
         return run.sign(ingested)
 

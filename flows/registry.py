@@ -152,6 +152,7 @@ def _log_model(run: Run, bundle: Path) -> str:
             signature=signature,
             input_example=example,
         )
+    client().update_run(run.id, status="RUNNING")  # which leaving the block has set to FINISHED
     return str(logged.model_uri)
 
 

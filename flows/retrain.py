@@ -39,7 +39,7 @@ def retrain(config: Retrain) -> Retrained:
             else None
         )
         samples = sample_champion(config, champion)
-        if verdict.changed:
+        if run.wants(verdict):
             run.log_json("gate.json", verdict.model_dump())
         result = Retrained(
             changed=any(

@@ -40,7 +40,7 @@ def sample(config: Sample) -> Table:
         table = sample_images(config, model)
         state = "written" if table.changed else "unchanged"
         logger.info("sample: %d rows %s: %s", table.rows, state, table.uri)
-        if table.changed:
+        if run.wants(table):
             _, images = Sampler(config, model)(np.arange(min(config.count, SHOWN)))
             run.log_bytes("samples.png", grid(images))
             run.log_metrics({"sample/rows": table.rows})

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vae_flows.tracking")
 R = TypeVar("R", bound=Result)
 JOB_TAG = "vae_flows.job"
+# Set when a run has ended for good. Its status doesn't tell: MLflow's log_model sets FINISHED midway.
+ENDED_TAG = "vae_flows.ended"
 FLUSH_SECONDS = 2.0  # a batch of metrics costs 0.1 s, a single one 0.02 s
 _active: ContextVar[Run | None] = ContextVar("run", default=None)
 
@@ -38,6 +40,7 @@ def tracked(config: Command) -> Iterator[Run]:
         yield outer
         return
     run = Run(config)
+    run.resume()
     token = _active.set(run)
     try:
         yield run
@@ -54,24 +57,30 @@ def tracked(config: Command) -> Iterator[Run]:
 
 
 class Run:
-    """An MLflow run that is created, or reopened, on first use."""
+    """An MLflow run: that of an earlier attempt that was stopped, else one created on first use."""
 
     def __init__(self, config: Command):
         self._config = config
         self._id: str | None = None
+        self.resumed = False
         self._pending: list[mlflow.entities.Metric] = []
         self._logged: dict[str, int] = {}
         self._flushed = time.monotonic()
 
-    @property
-    def started(self) -> bool:
-        return self._id is not None
+    def resume(self) -> None:
+        """Go on with the run of an earlier attempt at this command, if one was stopped on the way."""
+        self._id = _unfinished(self._config)
+        self.resumed = self._id is not None
+
+    def wants(self, result: Result) -> bool:
+        """Whether a result is to be logged: it was made now, or perhaps just before this run was stopped."""
+        return result.changed or self.resumed
 
     @property
     def id(self) -> str:
         """The run's id; creates the run if nothing has been logged yet."""
         if self._id is None:
-            self._id = _unfinished(self._config) or _create(self._config)
+            self._id = _create(self._config)
             logger.info("mlflow: run %s", self._id)
         return self._id
 
@@ -123,6 +132,8 @@ class Run:
         """End the run, if it was ever begun."""
         if self._id is not None:
             self.flush()
+            if status != "KILLED":
+                client().set_tag(self._id, ENDED_TAG, status)
             client().set_terminated(self._id, status)
 
     def _last_step(self, name: str) -> int:
@@ -140,9 +151,12 @@ def client() -> mlflow.MlflowClient:
 
 def _unfinished(config: Command) -> str | None:
     """The run of an earlier attempt at this command that was stopped on the way, reopened."""
+    experiment = client().get_experiment_by_name(_experiment_name())
+    if experiment is None:
+        return None
     query = f"tags.`{JOB_TAG}` = '{_job(config)}'"
-    runs = client().search_runs([_experiment(config.root)], query, order_by=["start_time ASC"])
-    stopped = [run.info.run_id for run in runs if run.info.status in ("RUNNING", "KILLED")]
+    runs = client().search_runs([experiment.experiment_id], query, order_by=["start_time ASC"])
+    stopped = [run.info.run_id for run in runs if ENDED_TAG not in run.data.tags]
     if not stopped:
         return None
     client().update_run(stopped[0], status="RUNNING")
@@ -164,15 +178,19 @@ def _job(config: Command) -> str:
 
 
 def _experiment(root: Path) -> str:
-    """The id of MLFLOW_EXPERIMENT_NAME, or of 'vae-flows', created if it is new."""
+    """The experiment's id; it is created if it is new."""
     import mlflow
 
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "vae-flows")
+    name = _experiment_name()
     if (found := client().get_experiment_by_name(name)) is not None:
         return str(found.experiment_id)
     # A tracking server knows where its artifacts go; without one they belong under the root.
     local = mlflow.get_tracking_uri().startswith("sqlite:")
     return str(client().create_experiment(name, (root.resolve() / "mlartifacts").as_uri() if local else None))
+
+
+def _experiment_name() -> str:
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME", "vae-flows")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -75,7 +75,7 @@ def fit_model(config: Train, ingested: Ingested, job: str, run: Run) -> Trained:
             images["train"],
             validation=images["validation"],
             device=pick_device(config.device),
-            save=lambda step, blob: save_checkpoint(store, step, blob),
+            save=lambda step, blob: save_checkpoint(store, step, blob, run),
             restore=lambda: read_checkpoints(store),
             progress=lambda event: report_progress(event, run, advance),
             stop=stop,
@@ -113,8 +113,9 @@ def commit(store: Store, job: str, ingested: Ingested, result: FitResult, second
     return record.model_copy(update={"changed": True})
 
 
-def save_checkpoint(store: Store, step: int, blob: bytes) -> None:
+def save_checkpoint(store: Store, step: int, blob: bytes, run: Run) -> None:
     """Commit a checkpoint, then remove all but the newest ones."""
+    run.flush()  # metrics of steps that will not be taken again must not be lost with this process
     store.put_if_absent(f"checkpoints/{step:010d}.safetensors", blob)
     logger.info("train: checkpoint at step %d", step)
     for entry in sorted(store.entries("checkpoints"))[:-KEEP_CHECKPOINTS]:

@@ -13,6 +13,14 @@ from parts import need
 from flows.environment import make_root, prepare
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Neither the user's servers nor, with several workers, another worker's files.
+for name in (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_REGISTRY_URI",
+    "PREFECT_API_URL",
+    "PREFECT_API_DATABASE_CONNECTION_URL",
+):
+    os.environ.pop(name, None)
 SESSION_ROOT = Path(tempfile.mkdtemp(prefix="vae-flows-tests-"))
 prepare(SESSION_ROOT)  # before any test module imports prefect or mlflow
 

@@ -66,7 +66,10 @@ def test_one_version_and_one_run(killed: tuple[Path, dict[str, Any]]) -> None:
     runs = client.search_runs(["1"])
     assert [run.info.status for run in runs] == ["FINISHED"]
     history = client.get_metric_history(runs[0].info.run_id, "validation/elbo")
-    assert [metric.step for metric in history] == sorted({metric.step for metric in history})
+    assert [metric.step for metric in history] == [23, 46, 69, 92]
+    names = {artifact.path for artifact in client.list_artifacts(runs[0].info.run_id)}
+    assert {"gate.json", "latents.json", "samples.json", "samples.png", "evaluation-test.json"} <= names
+    assert {"test/elbo", "encode/rows", "sample/rows", "ingest/train"} <= set(runs[0].data.metrics)
 
 
 def test_no_row_is_lost_or_doubled(undisturbed: dict[str, Any], killed: tuple[Path, dict[str, Any]]) -> None:
