@@ -131,9 +131,12 @@ def test_more_images_make_a_new_snapshot_and_version(tmp_path: Path, prefect_ser
     images, root = tmp_path / "images", tmp_path / "root"
     write_digits(images, 300)
     size = ("--source", f"folder:{images}", "--height", 8, "--width", 8, "--channels", 1)
-    first = run_json("retrain", *size, *SHORT, root=root)
+    # Long enough that the first version has not collapsed.
+    training = ("--epochs", 40, "--batch-size", 32, "--importance-samples", 5, "--count", 4)
+    first = run_json("retrain", *size, *training, root=root)
     write_digits(images, 400)
-    second = run_json("retrain", *size, *SHORT, root=root)
+    second = run_json("retrain", *size, *training, root=root)
+    assert first["verdict"]["promoted"], first["verdict"]["reason"]
     assert first["ingested"]["fingerprint"] != second["ingested"]["fingerprint"]
     assert (first["version"], second["version"]) == ("1", "2")
     assert second["latents"]["rows"] == 400
