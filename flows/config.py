@@ -310,8 +310,8 @@ class Setting:
 def settings(command: type[Command]) -> list[Setting]:
     """Every leaf of a configuration, those of its sections too.
 
-    >>> [s.name for s in settings(Sample)]
-    ['out', 'count', 'temperature', 'model', 'device', 'seed', 'root']
+    >>> sorted(setting.name for setting in settings(Sample))
+    ['count', 'device', 'model', 'out', 'root', 'seed', 'temperature']
     """
     leaves = []
     for name, field in command.model_fields.items():
