@@ -147,20 +147,26 @@ def report_progress(event: Progress, run: Run, advance: Advance) -> None:
 def stop_signal() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM as a question that `fit` asks between steps, so that it stops with a checkpoint.
 
-    The signal is raised again afterwards, for whoever else has to know.
+    The signal is raised again afterwards, for whoever else has to know. One that is ignored (Ctrl-C, by a
+    job in the background) stays ignored.
     """
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
-        logger.info("train: %s, stopping with a checkpoint", signal.Signals(number).name)
-        received.append(number)
+        received.append(number)  # and no more: a log's lock may be held by what the signal interrupts
+
+    def stop() -> bool:
+        if received:
+            logger.info("train: %s, stopping with a checkpoint", signal.Signals(received[0]).name)
+        return bool(received)
 
     if threading.current_thread() is not threading.main_thread():  # the only one that may handle signals
         yield lambda: False
         return
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, receive) for number in numbers}
     try:
-        yield lambda: bool(received)
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -36,8 +36,9 @@ def run_json(*arguments: object, root: Path) -> dict[str, Any]:
 
 def signal_at(pattern: str, number: signal.Signals, *arguments: object, root: Path) -> tuple[int, str]:
     """Run a command and send it a signal the moment a log line holds the pattern: exit code and log."""
+    # A test worker ignores SIGINT, and what it starts would inherit that.
     process = subprocess.Popen(
-        command(*arguments, root=root),
+        ["env", "--default-signal=INT", *command(*arguments, root=root)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

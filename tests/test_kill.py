@@ -89,7 +89,7 @@ def test_no_half_written_file_stays_in_a_table(killed: tuple[Path, dict[str, Any
     assert vae.load(result["trained"]["bundle"]).latent_dim == 16
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_polite_signal_leaves_a_checkpoint_and_a_run_to_resume(
     number: signal.Signals, code: int, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
