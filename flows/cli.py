@@ -31,6 +31,10 @@ COMMANDS = {
     "reconstruct": ("Reconstruct", "images over their reconstructions, as a picture"),
     "interpolate": ("Interpolate", "the way from one image to another, as a picture"),
     "edit": ("Edit", "an image with an attribute added by degree, as a picture"),
+    "promote": ("Promote", "make a version the champion by hand; its tables follow"),
+    "rollback": ("Rollback", "make the previous champion the champion again, latents included"),
+    "follow": ("Follow", "bring the tables that follow a champion up to date"),
+    "lineage": ("Lineage", "what a table, model or dataset was made of, and what was made of it"),
     "pull": ("Pull", "a model's bundle from the registry to a folder"),
 }
 

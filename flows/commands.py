@@ -14,10 +14,10 @@ from types import FrameType
 from typing import Any
 
 from data.sources import open_source
-from flows.config import Command, Encode, Images, Ingest, Pull, Train, WithModel
+from flows.config import Command, Encode, Images, Ingest, Promote, Pull, Rollback, Train, WithModel
 from flows.environment import make_root, prepare
 
-TOOLS = {"pull", "reconstruct", "interpolate", "edit"}  # commands that are no flow
+TOOLS = {"pull", "lineage", "reconstruct", "interpolate", "edit"}  # commands that are no flow
 INTERRUPTED, TERMINATED = 130, 143  # a shell's exit codes for SIGINT and SIGTERM
 
 
@@ -66,6 +66,11 @@ def check(config: Command) -> None:
     if isinstance(config, WithModel | Pull):
         _check_model(config)
     _check_root(config)
+    if isinstance(config, Promote | Rollback):
+        _check_registry(config, config.name)
+        from flows import promotion
+
+        promotion.check(config)
 
 
 def _check_model(config: WithModel | Pull) -> None:
@@ -73,12 +78,15 @@ def _check_model(config: WithModel | Pull) -> None:
 
     if config.model.startswith("models:/"):
         parse(config.model)
-        database = os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")
-        elsewhere = "MLFLOW_REGISTRY_URI" in os.environ or "://" in database
-        if not elsewhere and not os.path.exists(database):  # looking would create it
-            root = str(config.root)
-            raise ValueError(f"no model {config.model!r}: there is no registry under root {root!r} yet")
+        _check_registry(config, config.model)
     locate(config.model)
+
+
+def _check_registry(config: Command, model: str) -> None:
+    database = os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")
+    elsewhere = "MLFLOW_REGISTRY_URI" in os.environ or "://" in database
+    if not elsewhere and not os.path.exists(database):  # looking would create it
+        raise ValueError(f"no model {model!r}: there is no registry under root {str(config.root)!r} yet")
 
 
 def _check_root(config: Command) -> None:

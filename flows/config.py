@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, Union, get_type_hints
@@ -166,6 +167,8 @@ class Output(Command):
 class Retrain(Train, Scoring, Drawing, Output):
     """Ingest, train, evaluate, register, gate, then encode and sample with the champion."""
 
+    margin: float = Field(0.0, ge=0, description="nats an image by which a new champion must win, at least")
+
 
 class WithModel(Command):
     """What every command that uses a trained model takes."""
@@ -190,6 +193,46 @@ class Pull(Command):
     directory: Path = Field(description="a new folder for the bundle", json_schema_extra=ARGUMENT)
 
 
+class Registered(Command):
+    """What every command takes that moves a registered model's champion alias."""
+
+    name: str = Field(description="the model's name in the registry", json_schema_extra=ARGUMENT)
+
+
+class Promote(Registered):
+    """Make a version the champion by hand; the tables that follow it are encoded again."""
+
+    version: str = Field(description="the version's number", json_schema_extra=ARGUMENT)
+    reason: str = Field("", description="why, for the history")
+
+    @model_validator(mode="after")
+    def _has_reason(self) -> Self:
+        if not self.reason.strip():
+            raise ValueError("no reason given: --reason TEXT goes into the history of the alias")
+        return self
+
+
+class Rollback(Registered):
+    """Make the previous champion the champion again, its latent tables included."""
+
+    reason: str = Field("", description="why, for the history")
+
+
+class Follow(Registered):
+    """Bring the latent tables that follow a model's champion up to date."""
+
+    drop: str = Field("", description="a source whose table is to follow no more")
+
+
+class Lineage(Command):
+    """Say what a thing was made of, and what was made of the same dataset."""
+
+    thing: str = Field(
+        description="a table's URI, models:/NAME@ALIAS, models:/NAME/VERSION, or a dataset's fingerprint",
+        json_schema_extra=ARGUMENT,
+    )
+
+
 class Evaluate(Scoring, Images, WithModel):
     """Score a model on a split of a source."""
 
@@ -200,6 +243,13 @@ class Encode(Output, Images, WithModel):
     """Encode every image of a source into a latent table."""
 
     scores: bool = Field(False, description="also store log_likelihood and elbo of each image")
+    follow: bool = Field(False, description="from now on, encode again whenever the champion changes")
+
+    @model_validator(mode="after")
+    def _follows_an_alias(self) -> Self:
+        if self.follow and not re.fullmatch("models:/[^/@]+@champion", self.model):
+            raise ValueError(f"--follow needs --model models:/NAME@champion, not {self.model!r}")
+        return self
 
 
 class Sample(Output, Drawing, WithModel):

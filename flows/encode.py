@@ -20,7 +20,9 @@ from data.store import open_store
 from data.tables import SHARD_ROWS, EncodeJob, LatentColumns, encode_table, plan_encode
 from flows.config import Encode
 from flows.devices import pick_device
+from flows.followers import subscribe
 from flows.ingest import open_images
+from flows.lineage import remember_table
 from flows.progress import progress
 from flows.registry import Located, locate
 from flows.results import Table, told
@@ -42,6 +44,9 @@ def encode(config: Encode) -> Table:
         logger.info("encode: %s with %s", config.source, model.uri)
         table = encode_images(config, model)
         _tell(table)
+        remember_table(config.root, table.uri)
+        if config.follow:
+            subscribe(model.name, config, config.source)
         if run.wants(table):
             run.log_metrics({"encode/rows": table.rows, "encode/rejected": table.rejected})
             run.log_json("latents.json", table.model_dump())

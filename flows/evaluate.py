@@ -86,7 +86,7 @@ def score(config: Evaluate, model: Located, ingested: Ingested, job: str) -> Sco
         },
     )
     store = job_store(config.root, job)
-    store.put_if_absent("per_image.npz", _npz(split.ids, found.per_image))
+    store.put_if_absent("per_image.npz", npz(split.ids, found.per_image))
     put_record(store, "scores.json", record.model_dump(mode="json", exclude={"run_id", "changed"}))
     return record.model_copy(update={"changed": True})
 
@@ -96,7 +96,8 @@ def protocol(config: Evaluate) -> dict[str, Any]:
     return {"split": config.split, "k": config.importance_samples, "seed": config.seed}
 
 
-def _npz(ids: list[str], columns: dict[str, Any]) -> bytes:
+def npz(ids: list[str], columns: dict[str, Any]) -> bytes:
+    """The terms of each image, (N,) each, and its id."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, id=np.array(ids), **columns)
     return buffer.getvalue()

@@ -1,20 +1,14 @@
-"""Models in the MLflow registry: publish once a job, pin an alias, promote with a history, pull the bundle.
-
-MLflow keeps no history of an alias, so ours is a numbered, put-if-absent record in the store; MLflow's alias
-is its projection, written after it. An alias that somebody moved by hand is appended as 'external'.
-"""
+"""Models in the MLflow registry: publish once a job, pin an alias, bring the bundle here."""
 
 from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.store import Store, open_store, seal, unseal
 from flows.jobs import lock
 from flows.tracking import Run, client
 
@@ -178,12 +172,6 @@ def _requirements() -> list[str]:
     return [f"{name}=={version(name).split('+')[0]}" for name in ("mlflow", "numpy", "safetensors", "torch")]
 
 
-def history(root: Path, name: str) -> list[dict[str, Any]]:
-    """Every move of the champion alias, oldest first."""
-    store = _history_store(root, name)
-    return [unseal(store.get(entry.path), store.uri(entry.path)) for entry in sorted(store.entries())]
-
-
 def champion_uri(name: str) -> str | None:
     """The champion, pinned to its version, or None."""
     version = champion(name)
@@ -203,35 +191,16 @@ def champion(name: str) -> str | None:
     return None if version is None else str(version)
 
 
-def promote(root: Path, name: str, version: str, reason: str) -> bool:
-    """Append the move to the history, then move the alias; False if another process appended first."""
-    reconcile(root, name)
-    moves = history(root, name)
-    if moves and moves[-1]["version"] == version:
-        return True
-    if not _append(root, name, len(moves) + 1, version, reason):
-        return False
+def set_champion(name: str, version: str) -> None:
+    """Move the alias; `promotion` records that first."""
     client().set_registered_model_alias(name, CHAMPION, version)
-    logger.info("gate: %s version %s is champion: %s", name, version, reason)
-    return True
 
 
-def reconcile(root: Path, name: str) -> None:
-    """Finish a move that was killed between history and alias; record one that was made by hand."""
-    moves, current = history(root, name), champion(name)
-    if (moves and moves[-1]["version"] == current) or (not moves and current is None):
-        return
-    before = moves[-2]["version"] if len(moves) > 1 else None
-    if moves and current == before:
-        client().set_registered_model_alias(name, CHAMPION, moves[-1]["version"])
-    elif current is not None:
-        _append(root, name, len(moves) + 1, current, "external")
+def tags(name: str, version: str) -> dict[str, str]:
+    """A version's tags; ValueError where there is no such version."""
+    import mlflow
 
-
-def _append(root: Path, name: str, number: int, version: str, reason: str) -> bool:
-    body = {"version": version, "reason": reason, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    return _history_store(root, name).put_if_absent(f"{number:06d}.json", seal(body))
-
-
-def _history_store(root: Path, name: str) -> Store:
-    return open_store(root.resolve() / "registry" / name / "history")
+    try:
+        return dict(client().get_model_version(name, version).tags)
+    except mlflow.MlflowException as error:
+        raise ValueError(f"no model 'models:/{name}/{version}' in the registry: {error.message}") from error

@@ -133,6 +133,19 @@ class Table(Result):
         return f"  pandas.read_parquet({self.uri!r})\n  duckdb.sql(\"FROM '{self.files}'\")"
 
 
+class Difference(BaseModel):
+    """Challenger less champion on the same images: the mean in nats an image and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    images: int
+
+    def __str__(self) -> str:
+        interval = f"95 % interval {self.low:.3f} to {self.high:.3f}"
+        return f"{self.mean:+.3f} nats an image ({interval}, {self.images:,} images)"
+
+
 class Verdict(Result):
     """What the gate decided on a version, against which champion, and why in one line."""
 
@@ -140,6 +153,80 @@ class Verdict(Result):
     champion: str
     promoted: bool
     reason: str
+    margin: float = 0.0
+    difference: Difference | None = None
+
+
+class Moved(Result):
+    """The champion alias moved by hand, or back; and the tables that followed it."""
+
+    model_uri: str
+    before: str
+    reason: str
+    tables: list[Table]
+
+    def summary(self) -> str:
+        instead = f" instead of version {self.before}" if self.before and self.changed else ""
+        lines = [f"{_state(self)}{self.model_uri} is champion{instead}: {self.reason}"]
+        return "\n".join([*lines, *(f"latents  {table.rows:,} rows in {table.uri}" for table in self.tables)])
+
+
+class Followed(Result):
+    """The tables that follow a champion; `tables` are those encoded now, since it changed."""
+
+    champion: str
+    sources: list[str]
+    tables: list[Table]
+
+    def summary(self) -> str:
+        lines = [f"{_state(self)}{len(self.sources)} tables follow {self.champion or 'a champion to come'}"]
+        lines += [f"  {source}" for source in self.sources]
+        return "\n".join([*lines, *(f"latents  {table.rows:,} rows in {table.uri}" for table in self.tables)])
+
+
+class ModelNode(BaseModel):
+    """A registered version in the lineage: the run that made it, of which dataset."""
+
+    uri: str
+    aliases: list[str]
+    run: str
+    dataset: str
+    weights: str
+
+
+class TableNode(BaseModel):
+    """A table in the lineage: what it was encoded from, with which model, of which training set."""
+
+    uri: str
+    kind: str
+    rows: int
+    source: str
+    model: str
+    weights: str
+    dataset: str
+
+
+class Traced(Result):
+    """A thing's dataset, and every model and table made of it."""
+
+    thing: str
+    dataset: str
+    models: list[ModelNode]
+    tables: list[TableNode]
+
+    def summary(self) -> str:
+        lines = [f"dataset  {self.dataset}"]
+        lines += [
+            f"{table.kind:<8} {table.uri}, from {table.source}" for table in self.tables if not table.model
+        ]
+        for model in self.models:
+            aliases = "".join(f" @{alias}" for alias in model.aliases)
+            lines.append(f"model    {model.uri}{aliases}, by MLflow run {model.run}")
+        for table in self.tables:
+            if table.model:
+                source = f" from {table.source}" if table.source else ""
+                lines.append(f"{table.kind:<8} {table.uri}: {table.rows:,} rows by {table.model}{source}")
+        return "\n".join(lines)
 
 
 class Pulled(Result):
@@ -178,6 +265,7 @@ class Retrained(Result):
     trained: Trained
     scores: Scores
     latents: Table | None
+    followed: list[Table]
     samples: Table | None
 
     def summary(self) -> str:

@@ -8,12 +8,14 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows import registry
-from flows.config import Encode, Evaluate, Ingest, Retrain, Sample, Train, narrow
+from flows.config import Encode, Evaluate, Follow, Ingest, Retrain, Sample, Train, narrow
 from flows.encode import encode
 from flows.evaluate import evaluate
+from flows.follow import follow
+from flows.followers import subscribe
 from flows.gate import gate
 from flows.ingest import ingest
-from flows.results import Retrained, Scores, Table, Trained
+from flows.results import Retrained, Scores, Table, Trained, Verdict
 from flows.sample import sample
 from flows.tracking import Run, tracked
 from flows.train import train
@@ -30,20 +32,18 @@ def retrain(config: Retrain) -> Retrained:
         trained = train(narrow(Train, config, source=source, limit=None))
         scores = evaluate(scoring(config, str(trained.bundle), source))
         version = register(config, run, trained, scores)
-        holder = score_champion(config, source, version)
-        verdict = gate(config.root, config.model_name, version, scores, holder)
+        verdict = contest(config, source, version, scores)
         champion = registry.champion_uri(config.model_name)
-        latents = (
-            encode(narrow(Encode, config, model=champion, source=source, limit=None, scores=True))
-            if champion
-            else None
-        )
+        latents = encode_with_champion(config, champion, source)
+        followed = follow(narrow(Follow, config, name=config.model_name)).tables
         samples = sample_champion(config, champion)
         if run.wants(verdict):
             run.log_json("gate.json", verdict.model_dump())
         result = Retrained(
             changed=any(
-                part.changed for part in (ingested, trained, scores, verdict, latents, samples) if part
+                part.changed
+                for part in (ingested, trained, scores, verdict, latents, samples, *followed)
+                if part
             ),
             model_name=config.model_name,
             version=version,
@@ -54,6 +54,7 @@ def retrain(config: Retrain) -> Retrained:
             trained=trained,
             scores=scores,
             latents=latents,
+            followed=followed,
             samples=samples,
         )
         return run.sign(result)
@@ -70,6 +71,25 @@ def register(config: Retrain, run: Run, trained: Trained, scores: Scores) -> str
     }
     found = registry.register(run, config.root, config.model_name, trained.job, trained.bundle, tags)
     return str(found.version)
+
+
+def contest(config: Retrain, source: str, version: str, scores: Scores) -> Verdict:
+    """The gate's verdict against whoever is champion by then; a promotion meanwhile means another look."""
+    while True:
+        holder = score_champion(config, source, version)
+        verdict = gate(config.root, config.model_name, version, scores, holder, config.margin)
+        if verdict is not None:
+            return verdict
+        logger.info("gate: another version became champion meanwhile: scoring that one")
+
+
+def encode_with_champion(config: Retrain, champion: str | None, source: str) -> Table | None:
+    """The champion's latents of today's images, a table that follows the alias; None without a champion."""
+    if champion is None:
+        return None
+    settings = narrow(Encode, config, model=champion, source=source, limit=None, scores=True)
+    subscribe(config.model_name, settings, f"retrain {config.source}")
+    return encode(settings)
 
 
 def sample_champion(config: Retrain, champion: str | None) -> Table | None:

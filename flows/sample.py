@@ -17,6 +17,7 @@ from flows.config import Sample
 from flows.devices import pick_device
 from flows.encode import columns
 from flows.figures import grid
+from flows.lineage import remember_table
 from flows.progress import progress
 from flows.registry import Located, locate
 from flows.results import Table
@@ -38,6 +39,7 @@ def sample(config: Sample) -> Table:
             raise ValueError(f"{model.uri} is an autoencoder, which has no prior to sample from")
         logger.info("sample: %d images from %s", config.count, model.uri)
         table = sample_images(config, model)
+        remember_table(config.root, table.uri)
         state = "written" if table.changed else "unchanged"
         logger.info("sample: %d rows %s: %s", table.rows, state, table.uri)
         if run.wants(table):

@@ -28,10 +28,13 @@ prepare(SESSION_ROOT)  # before any test module imports prefect or mlflow
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[str]:
     """One local Prefect server for the session; its API's URL."""
-    from flows.local_server import local_server
+    import prefect.settings as settings
+
+    from flows.local_server import prefect_api
 
     make_root(SESSION_ROOT)
-    with local_server() as url:
+    with prefect_api():  # for flows in this process; the variable is for the commands that tests start
+        url = str(settings.get_current_settings().api.url)
         os.environ["PREFECT_API_URL"] = url
         yield url
         del os.environ["PREFECT_API_URL"]

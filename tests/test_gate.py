@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 import vae
-from flows import registry
-from flows.config import Train
-from flows.gate import judge
+from flows import promotion, registry
+from flows.config import Promote, Rollback, Train
+from flows.evaluate import npz
+from flows.gate import judge, paired
+from flows.jobs import job_store, put_record
+from flows.promotion import PromotionLostError
 from flows.results import Scores
 from flows.tracking import Run, client
 from vae.bundle import to_files
@@ -22,38 +25,85 @@ from vae.model import build
 NAME = "gated"
 
 
-def scores(elbo: float, active: float = 5.0, **protocol: Any) -> Scores:
+IDS = [f"{index:03d}" for index in range(50)]
+NOISE = np.random.default_rng(0).normal(size=(2, 50))
+
+
+def scores(elbo: float, active: float = 5.0, job: str = "job", **protocol: Any) -> Scores:
     values = {"elbo": elbo, "active_units": active}
     return Scores(
-        job="job",
-        model="model",
+        job=job,
+        model=f"models:/{NAME}/7",
         snapshot="snapshot",
         scores={name: {"value": value, "stderr": 1.0} for name, value in values.items()},
-        protocol={"likelihood": "bernoulli", "split": "test", "dataset": "d", **protocol},
+        protocol={"likelihood": "bernoulli", "split": "test", "dataset": "d", "images": 50, **protocol},
     )
+
+
+def commit(root: Path, found: Scores, gain: float, spread: float) -> Scores:
+    """Put an evaluation on record whose images vary a lot among themselves and a little between models."""
+    elbo = -90 + 30 * NOISE[0] + gain + spread * NOISE[1]
+    job_store(root, found.job).put_if_absent("per_image.npz", npz(IDS, {"elbo": elbo}))
+    put_record(job_store(root, found.job), "scores.json", found.model_dump(mode="json"))
+    return found
 
 
 @pytest.mark.parametrize(
     ("challenger", "champion", "promoted", "reason"),
     [
         (scores(-90.0), None, True, "the first sound version"),
-        (scores(-90.0), scores(-91.0), True, "-90.000 is better than the champion's -91.000"),
-        (scores(-91.0), scores(-91.0), False, "not better"),
-        (scores(-92.0), scores(-91.0), False, "not better"),
         (scores(float("nan")), None, False, "the test score is nan"),
+        (scores(float("-inf")), scores(-99.0), False, "the test score is -inf"),
         (scores(-90.0, active=0.0), None, False, "collapsed"),
+        (scores(-90.0, active=0.0), scores(-99.0), False, "collapsed"),
         (scores(-90.0, likelihood="gaussian"), scores(-99.0), False, "no contest: likelihood is 'gaussian'"),
+        (scores(-90.0, binarize="sampled"), scores(-99.0), False, "no contest: binarize is 'sampled'"),
         (scores(-90.0, dataset="other"), scores(-99.0), False, "no contest: dataset"),
+        (scores(-90.0, images=1), scores(-99.0, images=1), False, "no contest: one test image"),
     ],
 )
-def test_judge(challenger: Scores, champion: Scores | None, promoted: bool, reason: str) -> None:
-    won, why = judge(challenger, champion)
-    assert won is promoted
-    assert reason in why
+def test_unsound_and_no_contest(
+    tmp_path: Path, challenger: Scores, champion: Scores | None, promoted: bool, reason: str
+) -> None:
+    verdict = judge(tmp_path, "8", challenger, champion)
+    assert verdict.promoted is promoted
+    assert reason in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("gain", "spread", "margin", "promoted"),
+    [
+        (1.0, 1.0, 0.0, True),
+        (1.0, 1.0, 0.9, False),
+        (0.1, 1.0, 0.0, False),
+        (0.0, 0.0, 0.0, False),
+        (-1.0, 1.0, 0.0, False),
+    ],
+)
+def test_wins_only_surely(tmp_path: Path, gain: float, spread: float, margin: float, promoted: bool) -> None:
+    champion = commit(tmp_path, scores(-90.0, job="old"), 0.0, 0.0)
+    challenger = commit(tmp_path, scores(-89.0, job="new"), gain, spread)
+    verdict = judge(tmp_path, "8", challenger, champion, margin)
+    assert verdict.promoted is promoted, verdict.reason
+    assert verdict.champion == "7"
+    assert verdict.difference is not None
+    assert verdict.difference.low <= verdict.difference.mean <= verdict.difference.high
+    assert ("not surely" in verdict.reason) is not promoted
+
+
+def test_paired_interval_is_students() -> None:
+    from scipy.stats import ttest_rel
+
+    ours, theirs = -90 + NOISE[0], -91 + NOISE[1]
+    found = paired(dict(zip(IDS, ours, strict=True)), dict(zip(IDS, theirs, strict=True)))
+    expected = ttest_rel(ours, theirs).confidence_interval(0.95)
+    np.testing.assert_allclose([found.low, found.high], [expected.low, expected.high])
+    with pytest.raises(ValueError, match="their ids differ"):
+        paired({"a": 1.0}, {"b": 1.0})
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Iterator[Path]:
+def root(tmp_path: Path, prefect_server: str) -> Iterator[Path]:
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     yield tmp_path
@@ -67,13 +117,14 @@ def register(root: Path, seed: int) -> str:
     for name, content in to_files(model, {"decode": {}}).items():
         (bundle / name).write_bytes(content)
     run = Run(Train(root=root))
-    found = registry.register(run, root, NAME, f"job-{seed}", bundle, {"dataset_digest": "d"})
+    tags = {"dataset_digest": "d", "evaluation": f"evaluation-{seed}"}
+    found = registry.register(run, root, NAME, f"job-{seed}", bundle, tags)
     run.close("FINISHED")
     return str(found.version)
 
 
-def versions(root: Path) -> list[tuple[str, str]]:
-    return [(move["version"], move["reason"]) for move in registry.history(root, NAME)]
+def moves(root: Path) -> list[tuple[str, str]]:
+    return [(move.version, move.kind) for move in promotion.history(root, NAME)]
 
 
 def test_alias_and_history(root: Path) -> None:
@@ -82,25 +133,49 @@ def test_alias_and_history(root: Path) -> None:
     assert register(root, 1) == first, "a job registers one version"
     assert (first, second) == ("1", "2")
 
-    assert registry.promote(root, NAME, first, "won")
+    made = promotion.move(root, NAME, first, "won", after=0)
     assert registry.champion_uri(NAME) == "models:/gated/1"
-    assert registry.pin("models:/gated@champion") == "models:/gated/1"
-    assert registry.promote(root, NAME, first, "again"), "promoting the champion changes nothing"
-    assert versions(root) == [("1", "won")]
+    assert not promotion.settled(root, NAME, made)
+    promotion.settle(root, NAME, made, {"tables": []})
 
-    # Killed between the history and the alias: the next promotion finishes the move first.
-    assert registry._append(root, NAME, 2, second, "killed")
-    registry.reconcile(root, NAME)
+    # Two at once, both decided on the first move: one wins, the other says so.
+    promotion.move(root, NAME, second, "better", after=1)
+    with pytest.raises(PromotionLostError, match=r"version 2 is champion since .* \(better\)"):
+        promotion.move(root, NAME, first, "late", after=1)
     assert registry.champion(NAME) == second
 
-    # Moved by hand to a version that no record names.
-    third = register(root, 3)
-    client().set_registered_model_alias(NAME, registry.CHAMPION, third)
-    registry.reconcile(root, NAME)
-    assert versions(root) == [("1", "won"), ("2", "killed"), ("3", "external")]
+    # Killed between the history and the alias: the next command finishes the move.
+    client().set_registered_model_alias(NAME, registry.CHAMPION, first)
+    assert promotion.reconcile(root, NAME)[-1].version == second
+    assert registry.champion(NAME) == second
+    promotion.settle(root, NAME, promotion.history(root, NAME)[-1], {"tables": []})
 
-    # Two at once: the number is taken by whoever appends first.
-    assert not registry._append(root, NAME, 3, first, "late")
+    # Moved by hand, to another version or back: after a settled move that is nobody's kill.
+    client().set_registered_model_alias(NAME, registry.CHAMPION, first)
+    promotion.reconcile(root, NAME)
+    assert moves(root) == [("1", "promote"), ("2", "promote"), ("1", "external")]
+    assert promotion.reigns(promotion.history(root, NAME)) == ["1", "2", "1"]
+
+
+def test_what_can_not_be_promoted_or_rolled_back(root: Path) -> None:
+    first, second = register(root, 1), register(root, 2)
+    sound, collapsed = scores(-90.0, job="evaluation-1"), scores(-90.0, active=0.0, job="evaluation-2")
+    with pytest.raises(ValueError, match="has no champion to go back to, and none now"):
+        promotion.check(Rollback(root=root, name=NAME))
+    with pytest.raises(ValueError, match="gated/1 has no scores"):
+        promotion.check(Promote(root=root, name=NAME, version=first, reason="try"))
+    commit(root, sound, 0.0, 0.0)
+    commit(root, collapsed, 0.0, 0.0)
+    promotion.check(Promote(root=root, name=NAME, version=first, reason="try"))
+    with pytest.raises(ValueError, match="gated/2 can't be champion: collapsed"):
+        promotion.check(Promote(root=root, name=NAME, version=second, reason="try"))
+    with pytest.raises(ValueError, match="no model 'models:/gated/9'"):
+        promotion.check(Promote(root=root, name=NAME, version="9", reason="try"))
+    with pytest.raises(ValueError, match="no reason given"):
+        Promote(root=root, name=NAME, version=first)
+    promotion.move(root, NAME, first, "won", after=0)
+    with pytest.raises(ValueError, match="to go back to: version 1 is its first"):
+        promotion.check(Rollback(root=root, name=NAME))
 
 
 def test_located_bundle_is_the_one_registered(root: Path) -> None:
