@@ -38,6 +38,7 @@ from data.commit import (
     run_shards,
     work_shard,
 )
+from data.duplicates import count_duplicates
 from data.images import LIMITS, DecodePath, Limits
 from data.sources import LISTED, Limited, Source, assign_splits, listed
 from data.store import Store, open_store
@@ -92,13 +93,17 @@ class LatentColumns:
 
 @dataclass(frozen=True)
 class TableResult:
-    """What a job wrote: where, and how many. `changed` is False when nothing was left to do."""
+    """What a job wrote: where, and how many. `changed` is False when nothing was left to do.
+
+    `duplicates` are images with the bytes of another one; None in a table that has no images.
+    """
 
     uri: str
     snapshot: int
     rows: int
     rejected: int
     reasons: dict[str, int]
+    duplicates: int | None
     rejects_uri: str | None
     files: int
     bytes: int
@@ -231,8 +236,11 @@ def encode_shard(job: EncodeJob, shard: Shard, encode: Encode) -> None:
 
 
 def finish_encode(job: EncodeJob, *, shards_done_before: int = 0, changed: bool = True) -> TableResult:
-    """Put the manifest, once all shards have their record."""
-    return table_result(put_manifest(job.plan), shards_done_before, changed)
+    """Put the manifest, with the number of duplicates, once all shards have their record."""
+    manifest = put_manifest(
+        job.plan, extra=lambda parts: {"duplicates": count_duplicates(job.plan.store, parts)}
+    )
+    return table_result(manifest, shards_done_before, changed)
 
 
 def encode_table(
@@ -367,6 +375,7 @@ def table_result(manifest: Manifest, shards_done_before: int, changed: bool) -> 
         rows=manifest.rows,
         rejected=manifest.rejected,
         reasons=manifest.reasons,
+        duplicates=manifest.extra.get("duplicates"),
         rejects_uri=manifest.store.uri(str(folder)) if folder else None,
         files=len(manifest.parts),
         bytes=sum(file.bytes for file in manifest.parts),

@@ -1,7 +1,4 @@
-"""Looking after tables: what is there, whether it is intact, and what can be removed.
-
-Shapes: N rows of a table.
-"""
+"""Looking after tables: what is there, whether it is intact, and what can be removed."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,7 +18,6 @@ from data.commit import (
     checked_bytes,
     latest_plan,
     plan_rows,
-    read_file,
     read_manifest,
     read_plan,
     read_record,
@@ -31,13 +26,15 @@ from data.commit import (
 from data.store import Store, open_store, unseal
 from data.tables import open_table
 
-HASHES_AT_ONCE = 8_000_000  # content hashes held while duplicates are counted: some 0.4 GB
 DRAFT_AGE = 3600.0  # seconds after which a file on its way to its name is no longer anyone's
 
 
 @dataclass(frozen=True)
 class TableInfo:
-    """One table: its kind and key, its current snapshot (0 when none is complete), and if work is left."""
+    """One table: its kind and key, its current snapshot (0 when none is complete), and if work is left.
+
+    `duplicates` are images with the bytes of another one; None in a table that has no images.
+    """
 
     uri: str
     kind: str
@@ -45,6 +42,7 @@ class TableInfo:
     snapshot: int
     rows: int
     rejected: int
+    duplicates: int | None
     files: int
     bytes: int
     unfinished: bool
@@ -67,9 +65,7 @@ def list_tables(uri: str) -> list[TableInfo]:
 def show(uri: str) -> TableInfo:
     """What a table is and what made it; ValueError where there is none."""
     store = open_store(uri).check()
-    if not store.exists("_table.json"):
-        raise ValueError(f"no table at {uri}: check the path")
-    about = unseal(store.get("_table.json"), store.uri("_table.json"))
+    about = read_about(store)
     manifest, plan = read_manifest(store), latest_plan(store)
     return TableInfo(
         uri=store.url,
@@ -78,11 +74,19 @@ def show(uri: str) -> TableInfo:
         snapshot=manifest.number if manifest else 0,
         rows=manifest.rows if manifest else 0,
         rejected=manifest.rejected if manifest else 0,
+        duplicates=manifest.extra.get("duplicates") if manifest else None,
         files=len(manifest.parts) if manifest else 0,
         bytes=sum(file.bytes for file in manifest.parts) if manifest else 0,
         unfinished=plan is not None and (manifest is None or plan.number > manifest.number),
         about=about,
     )
+
+
+def read_about(store: Store) -> dict[str, Any]:
+    """What made the table in a store's folder; ValueError where there is none."""
+    if not store.exists("_table.json"):
+        raise ValueError(f"no table at {store.url}: check the path")
+    return unseal(store.get("_table.json"), store.uri("_table.json"))
 
 
 def verify(uri: str) -> Manifest:
@@ -93,7 +97,7 @@ def verify(uri: str) -> Manifest:
     """
     manifest = open_table(uri)
     store, plan = manifest.store, read_plan(manifest.store, manifest.number)
-    unseal(store.get("_table.json"), store.uri("_table.json"))
+    read_about(store)
     records = list(plan.records())
     for record in records:
         plan_rows(store, record.shard)
@@ -105,16 +109,6 @@ def verify(uri: str) -> Manifest:
     return manifest
 
 
-def count_duplicates(uri: str) -> int:
-    """How many of a table's images have the bytes of another: all but one of each set of equals.
-
-    Only content hashes are read, a share of them at a time, so memory is bounded for any table.
-    """
-    manifest = open_table(uri)
-    passes = -(-manifest.rows // HASHES_AT_ONCE)
-    return sum(_repeats(manifest, number, passes) for number in range(passes))
-
-
 def gc(uri: str, *, remove: bool = True) -> Swept:
     """Remove what no manifest names: files of abandoned snapshots, and drafts that a kill left behind.
 
@@ -122,8 +116,7 @@ def gc(uri: str, *, remove: bool = True) -> Swept:
     With `remove` False nothing is deleted, only told.
     """
     store = open_store(uri).check()
-    if not store.exists("_table.json"):
-        raise ValueError(f"no table at {uri}: check the path")
+    read_about(store)
     kept = {"_table.json"}
     manifest, latest = read_manifest(store), latest_plan(store)
     for plan in _plans(store):
@@ -160,17 +153,6 @@ def _verify_file(store: Store, file: StoredFile) -> None:
     rows = pq.read_table(pa.BufferReader(data), page_checksum_verification=True).num_rows
     if (rows, len(data)) != (file.rows, file.bytes):
         raise ValueError(f"{store.uri(file.path)} has {rows} rows, its record says {file.rows}")
-
-
-def _repeats(manifest: Manifest, number: int, passes: int) -> int:
-    """Duplicates among the hashes whose first two bytes fall into this pass."""
-    blocks = []
-    for file in manifest.parts:
-        column = read_file(manifest.store, file, ["content_hash"])["content_hash"]
-        hashes = np.frombuffer(b"".join(column.to_pylist()), np.uint64).reshape(-1, 2)
-        blocks.append(hashes[hashes[:, 0] % np.uint64(passes) == number])
-    found = np.ascontiguousarray(np.concatenate(blocks)).view("V16")
-    return len(found) - len(np.unique(found))
 
 
 def _plans(store: Store) -> Iterator[Plan]:

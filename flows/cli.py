@@ -36,6 +36,7 @@ COMMANDS = {
     "follow": ("Follow", "bring the tables that follow a champion up to date"),
     "lineage": ("Lineage", "what a table, model or dataset was made of, and what was made of it"),
     "pull": ("Pull", "a model's bundle from the registry to a folder"),
+    "tables": ("Tables", "list, show, verify and sweep tables"),
 }
 
 
@@ -103,12 +104,18 @@ def _add_options(parser: Parser, command: str) -> None:
         if setting.section not in groups:
             groups[setting.section] = parser.add_argument_group(setting.section, _explain(setting.section))
         if setting.argument:
-            several: dict[str, Any] = {"nargs": "+"} if "tuple" in str(setting.annotation) else {}
-            parser.add_argument(
-                f".{setting.name}", metavar=setting.name.upper(), help=setting.help, **several
-            )
+            parser.add_argument(f".{setting.name}", **_place(setting))
         else:
             groups[setting.section].add_argument(_flag(setting.name), **_kind(setting))
+
+
+def _place(setting: Setting) -> dict[str, Any]:
+    """How argparse reads a setting that is taken by its place."""
+    choices = "|".join(get_args(setting.annotation)) if get_origin(setting.annotation) is Literal else ""
+    common = {"metavar": choices or setting.name.upper(), "help": setting.help}
+    if "tuple" in str(setting.annotation):
+        return common | {"nargs": "+"}
+    return common | ({"nargs": "?", "default": setting.default} if setting.default == "" else {})
 
 
 def _flag(name: str) -> str:

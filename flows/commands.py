@@ -14,10 +14,21 @@ from types import FrameType
 from typing import Any
 
 from data.sources import open_source
-from flows.config import Command, Encode, Images, Ingest, Promote, Pull, Rollback, Train, WithModel
+from flows.config import (
+    Command,
+    Encode,
+    Images,
+    Ingest,
+    Promote,
+    Pull,
+    Rollback,
+    Tables,
+    Train,
+    WithModel,
+)
 from flows.environment import make_root, prepare
 
-TOOLS = {"pull", "lineage", "reconstruct", "interpolate", "edit"}  # commands that are no flow
+TOOLS = {"pull", "lineage", "reconstruct", "interpolate", "edit", "tables"}  # commands that are no flow
 INTERRUPTED, TERMINATED = 130, 143  # a shell's exit codes for SIGINT and SIGTERM
 
 
@@ -25,7 +36,8 @@ def run(command: str, config: Command, *, as_json: bool) -> int:
     """Run the command's flow and print its result; the exit code. ValueErrors before any work are raised."""
     prepare(config.root)
     check(config)
-    make_root(config.root)
+    if not isinstance(config, Tables):  # which are wherever they are, and may be read only
+        make_root(config.root)
     _log_to_stderr()
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -43,7 +55,7 @@ def run(command: str, config: Command, *, as_json: bool) -> int:
 
 
 def dry_run(command: str, config: Command, *, as_json: bool) -> int:
-    """Print the complete configuration, and for an encode what it would do."""
+    """Print the complete configuration, and for an encode or a removal what it would do."""
     prepare(config.root)
     check(config)
     values = config.model_dump(mode="json")
@@ -51,6 +63,10 @@ def dry_run(command: str, config: Command, *, as_json: bool) -> int:
         from flows.encode import estimate
 
         values["estimate"] = estimate(config)
+    if isinstance(config, Tables) and config.action == "gc":
+        from data.upkeep import gc
+
+        values["would_remove"] = list(gc(config.table, remove=False).paths)
     print(json.dumps(values, indent=2) if as_json else to_toml(values))
     return 0
 
@@ -65,12 +81,25 @@ def check(config: Command) -> None:
                 config.model_of(height, width, channels)
     if isinstance(config, WithModel | Pull):
         _check_model(config)
-    _check_root(config)
+    if isinstance(config, Tables):
+        _check_table(config)
+    else:
+        _check_root(config)
     if isinstance(config, Promote | Rollback):
         _check_registry(config, config.name)
         from flows import promotion
 
         promotion.check(config)
+
+
+def _check_table(config: Tables) -> None:
+    from data.store import open_store
+    from data.upkeep import read_about
+
+    if config.action == "list":
+        open_store(config.table or config.root).check()
+    else:
+        read_about(open_store(config.table).check())
 
 
 def _check_model(config: WithModel | Pull) -> None:

@@ -233,6 +233,26 @@ class Lineage(Command):
     )
 
 
+class Tables(Command):
+    """Look after tables: list those under a folder; show, verify, sweep or name the files of one."""
+
+    action: Literal["list", "show", "verify", "gc", "files"] = Field(
+        description="list: what is there; show: what one is and what made it; verify: every digest,\n"
+        "checksum and count; gc: remove what no manifest names; files: the exact list, for any reader",
+        json_schema_extra=ARGUMENT,
+    )
+    table: str = Field(
+        "", description="path or URL of a table; for list, a folder of tables (default: the root)",
+        json_schema_extra=ARGUMENT,
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _has_table(self) -> Self:
+        if self.action != "list" and not self.table:
+            raise ValueError(f"no table given: vae-flows tables {self.action} TABLE, a path or URL")
+        return self
+
+
 class Evaluate(Scoring, Images, WithModel):
     """Score a model on a split of a source."""
 

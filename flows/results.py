@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -112,6 +113,7 @@ class Table(Result):
     rows: int
     rejected: int
     reasons: dict[str, int]
+    duplicates: int | None
     rejects: str | None
     bytes: int
     seconds: float
@@ -126,7 +128,8 @@ class Table(Result):
 
     def summary(self) -> str:
         lines = [f"{self.rows:,} rows in {self.uri}", f"  made by {self.model}"]
-        return _state(self) + "\n".join([*lines, f"  {told(self)}", self.read()])
+        equal = "" if self.duplicates is None else f", {self.duplicates:,} duplicates"
+        return _state(self) + "\n".join([*lines, f"  {told(self)}{equal}", self.read()])
 
     def read(self) -> str:
         """The lines that read it."""
@@ -144,6 +147,58 @@ class Difference(BaseModel):
     def __str__(self) -> str:
         interval = f"95 % interval {self.low:.3f} to {self.high:.3f}"
         return f"{self.mean:+.3f} nats an image ({interval}, {self.images:,} images)"
+
+
+class Found(Result):
+    """Tables found: each as it is, less its lineage."""
+
+    tables: list[dict[str, Any]]
+
+    def summary(self) -> str:
+        return "\n".join(_line(table) for table in self.tables) or "no tables"
+
+
+class Shown(Result):
+    """One table: what is in it, and what made it."""
+
+    table: dict[str, Any]
+    about: dict[str, Any]
+
+    def summary(self) -> str:
+        made = [f"{part} {json.dumps(self.about[part], indent=2)}" for part in ("lineage", "job", "versions")]
+        return "\n".join([_line(self.table), *made])
+
+
+class Verified(Result):
+    """A table whose every file, page, record and count was found as it was committed."""
+
+    uri: str
+    snapshot: int
+    rows: int
+    files: int
+
+    def summary(self) -> str:
+        return f"{self.uri}: snapshot {self.snapshot} is intact, {self.rows:,} rows in {self.files:,} files"
+
+
+class Files(Result):
+    """Every file of a table's current snapshot, for any Parquet reader."""
+
+    files: list[str]
+
+    def summary(self) -> str:
+        return "\n".join(self.files)
+
+
+class Removed(Result):
+    """What no manifest named, and is gone: paths in the table, and their bytes."""
+
+    uri: str
+    paths: list[str]
+    bytes: int
+
+    def summary(self) -> str:
+        return "\n".join([*self.paths, f"{len(self.paths):,} files removed, {self.bytes:,} bytes"])
 
 
 class Verdict(Result):
@@ -288,6 +343,15 @@ def told(result: Ingested | Table) -> str:
         return "0 rejected"
     reasons = ", ".join(f"{n} {reason}" for reason, n in result.reasons.items())
     return f"{result.rejected:,} rejected ({reasons}; see {result.rejects})"
+
+
+def _line(table: dict[str, Any]) -> str:
+    """A table in one line."""
+    state = "" if table["snapshot"] else ", none complete yet"
+    state = ", a newer snapshot is unfinished" if table["snapshot"] and table["unfinished"] else state
+    equal = "" if table["duplicates"] is None else f", {table['duplicates']:,} duplicates"
+    size = f"{table['rows']:,} rows, {table['rejected']:,} rejected{equal}, {table['bytes']:,} bytes"
+    return f"{table['uri']}: {table['kind']}, snapshot {table['snapshot']}, {size}{state}"
 
 
 def _state(result: Result) -> str:

@@ -34,7 +34,7 @@ from data.tables import (
     table_files,
     write_samples,
 )
-from data.upkeep import count_duplicates, gc, list_tables, show, verify
+from data.upkeep import gc, list_tables, show, verify
 
 DIMS = 6
 PATH = DecodePath(8, 8, 3)
@@ -396,14 +396,19 @@ def test_gc_removes_only_what_no_manifest_names(tmp_path: Path) -> None:
     check(run(folder, tmp_path / "out").uri, folder)
 
 
-def test_duplicates_are_counted_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at_once", [1_000_000, 5])
+def test_duplicates_are_counted_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr("data.duplicates.HASHES_AT_ONCE", at_once)
     folder = folder_of(tmp_path / "in", range(30))
     for copy in range(100, 107):
         shutil.copy(folder / "0003.png", folder / f"{copy:04d}.png")
-    uri = run(folder, tmp_path / "out").uri
-    assert count_duplicates(uri) == 7
-    monkeypatch.setattr("data.upkeep.HASHES_AT_ONCE", 5)
-    assert count_duplicates(uri) == 7
+    result = run(folder, tmp_path / "out")
+    assert (result.duplicates, show(result.uri).duplicates) == (7, 7)
+    shutil.copy(folder / "0004.png", folder / "0200.png")
+    assert run(folder, tmp_path / "out").duplicates == 8
+    assert run(folder, tmp_path / "out").duplicates == 8
 
 
 def _flip_bits(tmp_path: Path, flips: int) -> None:
