@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -69,86 +69,8 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class FolderSource:
-    """A folder of image files at any depth; the first sub-folder is the label.
-
-    Where all of its top-level folders are split names (train, test, val, …), those are the splits and
-    the next folder is the label. A `metadata` or `labels` table (.csv, .jsonl, .parquet) at the top gives
-    labels, splits and further columns by file name instead. Files and folders whose name begins with a
-    dot are left out. The id is the relative POSIX path. Links to files inside the tree are followed; one
-    that leads out of it, or to a folder, is a reject.
-    """
-
-    root: Path
-    splits: frozenset[str]
-    split_folders: bool
-    labels: Labels | None
-    native: tuple[int, int, int] = NATIVE
-    hashed = False
-
-    @property
-    def uri(self) -> str:
-        return f"folder:{self.root}"
-
-    @property
-    def name(self) -> str:
-        return self.root.name or "folder"
-
-    @property
-    def columns(self) -> pa.Schema:
-        return self.labels.columns if self.labels else pa.schema([])
-
-    def listing(self) -> Iterator[pa.RecordBatch]:
-        for ids in chunked(self._walk(""), LISTED):
-            stats = [self._stat(key) for key in ids]
-            found = [(key, info) for key, info in zip(ids, stats, strict=True) if info is not None]
-            versions = [f"{info.st_mtime_ns:x}-{info.st_size:x}" for _, info in found]
-            sizes = [info.st_size for _, info in found]
-            if found:
-                keys = [key for key, _ in found]
-                yield _describe(keys, versions, sizes, self.split_folders, self.labels)
-
-    def read(self, rows: pa.RecordBatch, limits: Limits = LIMITS) -> Payload:
-        base = os.fsencode(self.root) + b"/"
-        return [self._read(base + unescape(key), limits) for key in rows["id"].to_pylist()]
-
-    def _walk(self, folder: str) -> Iterator[str]:
-        """Ids under a folder, in order: a folder sorts as its name and a slash, as its files' ids do."""
-        for name in _sorted_names(os.path.join(os.fsencode(self.root), unescape(folder))):
-            if name.endswith("/"):
-                yield from self._walk(folder + name)
-            elif folder or name not in TABLES:
-                yield folder + name
-
-    def _stat(self, key: str) -> os.stat_result | None:
-        try:
-            return os.lstat(os.fsencode(self.root) + b"/" + unescape(key))
-        except FileNotFoundError:  # removed since its folder was listed
-            return None
-
-    def _read(self, path: bytes, limits: Limits) -> bytes | Reject:
-        try:
-            return read_regular(path, limits)
-        except OSError as error:
-            if error.errno == errno.ELOOP:
-                return self._read_link(path, limits)
-            return _unreadable(error)
-
-    def _read_link(self, path: bytes, limits: Limits) -> bytes | Reject:
-        target = os.path.realpath(path)
-        if not target.startswith(os.path.realpath(os.fsencode(self.root)) + b"/"):
-            return Reject("link_outside", f"a link to {escape(target)}, outside the folder", "read")
-        if os.path.isdir(target):
-            return Reject("link_folder", "a link to a folder: its images are listed where they lie", "read")
-        try:
-            return read_regular(target, limits)
-        except OSError as error:
-            return _unreadable(error)
-
-
-@dataclass(frozen=True)
-class BucketSource:
-    """The same under a prefix of a bucket: every object but those of a name that begins with a dot."""
+class ImageFiles:
+    """What files on a disk and objects in a bucket have in common: their names tell what they are."""
 
     store: Store
     splits: frozenset[str]
@@ -163,11 +85,84 @@ class BucketSource:
 
     @property
     def name(self) -> str:
-        return self.store.url.rsplit("/", 1)[-1]
+        return self.store.url.rsplit("/", 1)[-1] or "folder"
 
     @property
     def columns(self) -> pa.Schema:
         return self.labels.columns if self.labels else pa.schema([])
+
+    def describe(self, ids: list[str], versions: list[str], sizes: list[int]) -> pa.RecordBatch:
+        """Listing rows of files: split and label from their folders, or from the table beside them."""
+        folders = [key.split("/")[:-1] for key in ids]
+        depth = 1 if self.split_folders else 0
+        rows = listed(
+            id=ids,
+            split=[SPLIT_NAMES[parts[0]] for parts in folders] if self.split_folders else None,
+            label=[parts[depth] if len(parts) > depth else None for parts in folders],
+            version=versions,
+            size=sizes,
+        )
+        return self.labels.add_to(rows) if self.labels else rows
+
+
+class FolderSource(ImageFiles):
+    """A folder of image files at any depth; the first sub-folder is the label.
+
+    Where all of its top-level folders are split names (train, test, val, …), those are the splits and
+    the next folder is the label. A `metadata` or `labels` table (.csv, .jsonl, .parquet) at the top gives
+    labels, splits and further columns by file name instead. Files and folders whose name begins with a
+    dot are left out. The id is the relative POSIX path. Links to files inside the tree are followed; one
+    that leads out of it, or to a folder, is a reject.
+    """
+
+    @cached_property
+    def root(self) -> bytes:
+        """The folder's path, with a slash at its end."""
+        return os.fsencode(self.store.url).rstrip(b"/") + b"/"
+
+    def listing(self) -> Iterator[pa.RecordBatch]:
+        for ids in chunked(self._walk(""), LISTED):
+            stats = [_stat(self.root + unescape(key)) for key in ids]
+            found = [(key, info) for key, info in zip(ids, stats, strict=True) if info is not None]
+            versions = [f"{info.st_mtime_ns:x}-{info.st_size:x}" for _, info in found]
+            sizes = [info.st_size for _, info in found]
+            if found:
+                keys = [key for key, _ in found]
+                yield self.describe(keys, versions, sizes)
+
+    def read(self, rows: pa.RecordBatch, limits: Limits = LIMITS) -> Payload:
+        return [self._read(self.root + unescape(key), limits) for key in rows["id"].to_pylist()]
+
+    def _walk(self, folder: str) -> Iterator[str]:
+        """Ids under a folder, in order: a folder sorts as its name and a slash, as its files' ids do."""
+        for name in _sorted_names(self.root + unescape(folder)):
+            if name.endswith("/"):
+                yield from self._walk(folder + name)
+            elif folder or name not in TABLES:
+                yield folder + name
+
+    def _read(self, path: bytes, limits: Limits) -> bytes | Reject:
+        try:
+            return read_regular(path, limits)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                return self._read_link(path, limits)
+            return _unreadable(error)
+
+    def _read_link(self, path: bytes, limits: Limits) -> bytes | Reject:
+        target = os.path.realpath(path)
+        if not target.startswith(os.path.realpath(self.root) + b"/"):
+            return Reject("link_outside", f"a link to {escape(target)}, outside the folder", "read")
+        if os.path.isdir(target):
+            return Reject("link_folder", "a link to a folder: its images are listed where they lie", "read")
+        try:
+            return read_regular(target, limits)
+        except OSError as error:
+            return _unreadable(error)
+
+
+class BucketSource(ImageFiles):
+    """The same under a prefix of a bucket: every object but those of a name that begins with a dot."""
 
     def listing(self) -> Iterator[pa.RecordBatch]:
         visible = (entry for entry in self.store.entries() if not _hidden(entry.path))
@@ -178,7 +173,7 @@ class BucketSource:
                 raise ValueError(f"{self.store.url} does not list its objects in order: use another store")
             last = ids[-1]
             versions, sizes = [entry.version for entry in entries], [entry.size for entry in entries]
-            yield _describe(ids, versions, sizes, self.split_folders, self.labels)
+            yield self.describe(ids, versions, sizes)
 
     def read(self, rows: pa.RecordBatch, limits: Limits = LIMITS) -> Payload:
         keys, sizes = rows["id"].to_pylist(), rows["size"].to_pylist()
@@ -205,11 +200,18 @@ def open_folder(place: str) -> Source:
     names = frozenset(SPLIT_NAMES.get(name, "") for name in tops)
     split_folders = bool(tops) and not files and names <= set(SPLITS)
     given = labels.splits if labels and labels.splits else names if split_folders else frozenset()
-    kind = (FolderSource, store.local) if store.local is not None else (BucketSource, store)
-    source: Source = kind[0](kind[1], given, split_folders, labels)  # type: ignore[arg-type]
+    kind = BucketSource if store.local is None else FolderSource
+    source = kind(store, given, split_folders, labels)
     if next(source.listing(), None) is None:
         raise ValueError(f"no files in {store.url}: a folder source needs image files at any depth in it")
     return source
+
+
+def _stat(path: bytes) -> os.stat_result | None:
+    try:
+        return os.lstat(path)
+    except FileNotFoundError:  # removed since its folder was listed
+        return None
 
 
 def read_regular(path: bytes, limits: Limits) -> bytes | Reject:
@@ -224,22 +226,6 @@ def read_regular(path: bytes, limits: Limits) -> bytes | Reject:
         return _read_all(descriptor, info.st_size)
     finally:
         os.close(descriptor)
-
-
-def _describe(
-    ids: list[str], versions: list[str], sizes: list[int], split_folders: bool, labels: Labels | None
-) -> pa.RecordBatch:
-    """Listing rows of files: split and label from their folders, or from the table beside them."""
-    folders = [key.split("/")[:-1] for key in ids]
-    depth = 1 if split_folders else 0
-    rows = listed(
-        id=ids,
-        split=[SPLIT_NAMES[parts[0]] for parts in folders] if split_folders else None,
-        label=[parts[depth] if len(parts) > depth else None for parts in folders],
-        version=versions,
-        size=sizes,
-    )
-    return labels.add_to(rows) if labels else rows
 
 
 def _tops(store: Store) -> tuple[list[str], bool]:

@@ -51,15 +51,15 @@ EXTENSIONS = {
     "webp": "WEBP",
     "gif": "GIF",
 }
-SIGNATURES = (
-    (b"\xff\xd8\xff", "JPEG"),
-    (b"\x89PNG\r\n\x1a\n", "PNG"),
-    (b"GIF87a", "GIF"),
-    (b"GIF89a", "GIF"),
-    (b"II*\x00", "TIFF"),
-    (b"MM\x00*", "TIFF"),
-    (b"BM", "BMP"),
-)
+# By the first two bytes: what a file of the format begins with.
+SIGNATURES = {
+    b"\xff\xd8": ((b"\xff\xd8\xff",), "JPEG"),
+    b"\x89P": ((b"\x89PNG\r\n\x1a\n",), "PNG"),
+    b"GI": ((b"GIF87a", b"GIF89a"), "GIF"),
+    b"II": ((b"II*\x00",), "TIFF"),
+    b"MM": ((b"MM\x00*",), "TIFF"),
+    b"BM": ((b"BM",), "BMP"),
+}
 # A PNG header's depth, colour (grey or RGB), compression, filter and interlace; the chunks of a plain one.
 _PLAIN_HEADERS = (bytes([8, 0, 0, 0, 0]), bytes([8, 2, 0, 0, 0]))
 _PLAIN_CHUNKS = frozenset((b"IDAT", b"IEND", b"pHYs", b"sRGB", b"gAMA", b"cHRM", b"tIME"))
@@ -263,9 +263,9 @@ def _format(data: bytes, name: str, limits: Limits) -> str:
 
 
 def _sniff(data: bytes) -> str | None:
-    for signature, kind in SIGNATURES:
-        if data.startswith(signature):
-            return kind
+    signatures, kind = SIGNATURES.get(data[:2], ((), None))
+    if kind and data.startswith(signatures):
+        return kind
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
     if data[:1] == b"P" and data[1:2] in b"123456" and data[2:3].isspace():
@@ -301,14 +301,14 @@ def _opencv() -> Any:
 
 def _plain_chunks(data: bytes) -> bool:
     """Whether a PNG's chunks fill it, are intact, and none changes how its pixels are shown."""
-    place = 33  # after the header
-    while place < len(data):
+    place, size = 33, len(data)  # after the header
+    while place < size:
         end = place + 8 + int.from_bytes(data[place : place + 4])
-        intact = zlib.crc32(data[place + 4 : end]).to_bytes(4) == data[end : end + 4]
-        if not intact or data[place + 4 : place + 8] not in _PLAIN_CHUNKS:
+        chunk = data[place + 4 : end]
+        if chunk[:4] not in _PLAIN_CHUNKS or zlib.crc32(chunk) != int.from_bytes(data[end : end + 4]):
             return False
         place = end + 4
-    return place == len(data)
+    return place == size
 
 
 def _check_size(image: Image.Image, limits: Limits) -> None:

@@ -137,15 +137,15 @@ def assign_splits(ids: Iterable[str], own: Iterable[str | None], given: frozense
     ['test', 'train', 'train']
     """
     absent = [name for name in ("validation", "test") if name not in given]
-    return [
-        name if name in ("validation", "test") else _hashed_split(key, absent)
-        for key, name in zip(ids, own, strict=True)
-    ]
+    keys = list(ids)
+    drawn = _hashed_splits(keys, absent)
+    return [name if name in ("validation", "test") else other for other, name in zip(drawn, own, strict=True)]
 
 
-def id_hash(key: str) -> int:
-    """A stable 64-bit hash of an image id, uniform; splits draw by it."""
-    return int.from_bytes(blake3.blake3(key.encode()).digest(8), "little")
+def id_hashes(keys: Iterable[str]) -> np.ndarray:
+    """Stable 64-bit hashes of image ids, uniform, uint64 (N,); splits draw by them."""
+    digest = blake3.blake3
+    return np.frombuffer(b"".join([digest(key.encode()).digest(8) for key in keys]), "<u8")
 
 
 def escape(name: bytes) -> str:
@@ -358,15 +358,18 @@ def _open(kind: str, place: str, downloads: Path) -> Source:
     return SnapshotSource(open_snapshot(place))
 
 
-def _hashed_split(key: str, absent: list[str]) -> str:
-    place = id_hash(key) / 2.0**64
+def _hashed_splits(keys: list[str], absent: list[str]) -> list[str]:
+    """Train, or one of the absent splits, each a tenth of the ids by their hash."""
+    places = id_hashes(keys) / 2.0**64
     first = 1.0 - HELD_OUT * len(absent)
-    return "train" if place < first else absent[min(int((place - first) / HELD_OUT), len(absent) - 1)]
+    tenths = np.minimum(((places - first) / HELD_OUT).astype(int), len(absent) - 1)
+    names = ["train", *absent]
+    return [names[number] for number in np.where(places < first, 0, 1 + tenths).tolist()]
 
 
 def _hashes(rows: pa.RecordBatch) -> np.ndarray:
     """Other hashes than those that splits draw by: the images with the smallest of those are all in train."""
-    return np.array([id_hash(f"limited/{key}") for key in rows["id"].to_pylist()], np.uint64)
+    return id_hashes([f"limited/{key}" for key in rows["id"].to_pylist()])
 
 
 def _escape_character(character: str) -> str:

@@ -39,6 +39,7 @@ from data.commit import (
     work_shard,
 )
 from data.duplicates import count_duplicates
+from data.heap import keep_freed_memory
 from data.images import LIMITS, DecodePath, Limits
 from data.sources import LISTED, Limited, Source, assign_splits, listed
 from data.store import Store, open_store
@@ -257,6 +258,7 @@ def encode_table(
     """
     before = len(job.plan.done())
     complete = job.plan.store.exists(job.plan.manifest)
+    keep_freed_memory()
     run_shards(
         job.plan,
         lambda rows: job.make(rows, encode),

@@ -1,0 +1,286 @@
+"""What latent tables cost: memory of an encode, array sources' speed, bytes of trained latents, reading them.
+
+    python benchmarks/tables.py [--rounds 3] [--minutes 1] [--fashion-mnist DIR]
+
+Each figure is measured in a process of its own, interleaved over rounds, and is their median. Results go
+to benchmarks/results/tables.json and, as tables, into docs/tables.md.
+
+* memory: the peak of a whole encode of N synthetic 32x32 images to D = 64, by a trivial encoder;
+* sources: idx, a snapshot and a Parquet of PNG files, through the whole stream into batches, and the
+  Parquet's bytes alone;
+* latents: a flat convolutional VAE of D = 64 is trained on Fashion-MNIST for --minutes of CPU and encodes
+  its 70,000 images; its columns' stored bytes over those of raw float32, under three settings of zstd;
+* reading: that table by read_latents, and by pandas in two ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from report import keep, machine, place
+
+DIMS = 64
+MEMORY = (100_000, 1_000_000)
+SOURCES = ("idx", "snapshot", "parquet", "parquet_bytes")
+READERS = ("read_latents", "pandas", "pandas_two_columns")
+
+
+def synthetic(count: int) -> Any:
+    """`count` grey images of 32x32 pixels, made when they are asked for."""
+    from data.arrays import ArraySource, Part
+
+    def pixels(positions: np.ndarray) -> np.ndarray:
+        values = np.arange(1024, dtype=np.int64) * (1 + positions[:, None] % 251) + positions[:, None] // 251
+        return values.astype(np.uint8).reshape(-1, 32, 32, 1)
+
+    return ArraySource("synthetic", "synthetic", (1, 32, 32), {"train": Part(count, None, pixels)})
+
+
+def project(images: np.ndarray, ids: list[str]) -> dict[str, np.ndarray]:
+    """A trivial encoder: images uint8 (B, C, H, W) -> mean and log-variance (B, D)."""
+    flat = images.reshape(len(images), -1)[:, : 2 * DIMS].astype(np.float32) / 255
+    return {"mu": np.sqrt(flat[:, :DIMS]), "logvar": np.log1p(flat[:, DIMS:])}
+
+
+def memory(count: str) -> dict[str, float]:
+    from data.images import DecodePath
+    from data.store import open_store
+    from data.tables import LatentColumns, encode_table, plan_encode
+
+    with tempfile.TemporaryDirectory() as out:
+        columns = LatentColumns(DIMS, kl=False)
+        settings: dict[str, Any] = {"name": "memory", "weights_sha256": "0"}
+        job = plan_encode(open_store(out), synthetic(int(count)), DecodePath(), columns, **settings)
+        result = encode_table(job, project)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"peak_mib": peak, "rows": result.rows, "duplicates": result.duplicates or 0}
+
+
+def source_speed(kind: str, folder: str) -> dict[str, float]:
+    """A source's images, through the whole stream into batches, by one worker."""
+    import pandas  # noqa: F401  pyarrow imports it with its first array
+
+    from data.batches import stream
+    from data.images import DecodePath
+    from data.sources import open_source
+
+    source = open_source((Path(folder) / f"{kind}.txt").read_text())
+    path = DecodePath(28, 28, 1)
+    if kind == "parquet_bytes":
+        return timed(lambda: sum(len(source.read(rows)) for rows in source.listing()))
+    return timed(lambda: sum(len(batch.images) for batch in stream(source, path, 1024, workers=1)))
+
+
+def reading(reader: str, uri: str) -> dict[str, float]:
+    """The vectors of a latent table as one array."""
+    import pandas as pd
+
+    from data.tables import read_latents
+
+    def with_pandas(columns: list[str] | None) -> int:
+        frame = pd.read_parquet(uri, columns=columns)
+        return len(np.stack(frame["mu"].to_numpy()))
+
+    ways: dict[str, Callable[[], int]] = {
+        "read_latents": lambda: len(read_latents(uri)[1]),
+        "pandas": lambda: with_pandas(None),
+        "pandas_two_columns": lambda: with_pandas(["id", "mu"]),
+    }
+    ways[reader]()  # imports and caches
+    return timed(ways[reader])
+
+
+def timed(work: Callable[[], int]) -> dict[str, float]:
+    cpu, start = time.process_time(), time.perf_counter()
+    count = work()
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return {"images": count, "seconds": seconds, "cpu_seconds": cpu, "images_per_cpu_second": count / cpu}
+
+
+def write_sources(idx: str, folder: Path) -> None:
+    """Fashion-MNIST's training images as a snapshot and as a Parquet of PNG files; where each is."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from data.images import DecodePath
+    from data.snapshot import ingest
+    from data.sources import open_source
+    from data.store import open_store
+    from data.tables import png_bytes
+
+    source = open_source(f"idx:{idx}")
+    snapshot = ingest(source, DecodePath(), open_store(folder / "snapshots"))
+    files = [
+        png_bytes(image) for rows in source.listing() for image in source.read(rows).transpose(0, 3, 1, 2)
+    ]
+    pq.write_table(pa.table({"image": files}), folder / "images.parquet", row_group_size=8192)
+    parquet = f"parquet:{folder / 'images.parquet'}"
+    places = (f"idx:{idx}", f"snapshot:{snapshot.uri}", parquet, parquet)
+    for kind, uri in zip(SOURCES, places, strict=True):
+        (folder / f"{kind}.txt").write_text(uri)
+
+
+def trained_table(idx: str, minutes: float, out: Path) -> str:
+    """Train a flat VAE of D = 64 for so many minutes of CPU and encode the set; the table's URI."""
+    from training import read_idx, train_for
+
+    from data.images import DecodePath
+    from data.sources import open_source
+    from data.store import open_store
+    from data.tables import LatentColumns, encode_table, plan_encode
+    from vae.config import FlatConfig, TrainConfig
+    from vae.encode import Encoder
+
+    shape = {"height": 28, "width": 28, "channels": 1}
+    model = FlatConfig(**shape, latent_dim=DIMS, network="strided", hidden=(16, 32))
+    config = TrainConfig(batch_size=64, learning_rate=3e-3)
+    encoder = Encoder(train_for(60 * minutes, model, config, read_idx(idx)["train"].pixels).model)
+
+    def numbers(images: np.ndarray, ids: list[str]) -> dict[str, np.ndarray]:
+        latents = encoder.encode(images, ids)
+        return {"mu": latents.mu, "logvar": latents.logvar, "kl": latents.kl}
+
+    source, columns = open_source(f"idx:{idx}"), LatentColumns(DIMS)
+    settings: dict[str, Any] = {"name": "trained", "weights_sha256": "0"}
+    job = plan_encode(open_store(out), source, DecodePath(), columns, **settings)
+    return encode_table(job, numbers).uri
+
+
+def stored_share(files: list[str]) -> dict[str, float]:
+    """Stored bytes of each float column over those of raw float32, from the files' own metadata."""
+    import pyarrow.parquet as pq
+
+    stored: dict[str, int] = {}
+    values: dict[str, int] = {}
+    for file in files:
+        metadata = pq.ParquetFile(file).metadata
+        for group in range(metadata.num_row_groups):
+            for leaf in range(metadata.num_columns):
+                column = metadata.row_group(group).column(leaf)
+                name = column.path_in_schema.split(".")[0]
+                if column.physical_type == "FLOAT":
+                    stored[name] = stored.get(name, 0) + column.total_compressed_size
+                    values[name] = values.get(name, 0) + column.num_values
+    shares = {name: stored[name] / (4 * values[name]) for name in stored}
+    return {**shares, "all": sum(stored.values()) / (4 * sum(values.values()))}
+
+
+def settings_compared(files: list[str], folder: Path) -> dict[str, Any]:
+    """The same columns rewritten under other settings: share of raw float32, and CPU seconds to write."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(files, columns=["mu", "logvar", "kl"])
+    leaves = ["mu.list.element", "logvar.list.element", "kl"]
+    found = {}
+    for level, split in ((1, True), (3, True), (9, True), (1, False)):
+        options = {"use_byte_stream_split": leaves} if split else {}
+        start, path = time.process_time(), folder / "again.parquet"
+        pq.write_table(
+            table,
+            path,
+            row_group_size=16_384,
+            compression="zstd",
+            compression_level=level,
+            use_dictionary=False,
+            **options,
+        )
+        name = f"zstd-{level}" + ("" if split else " without byte-stream-split")
+        found[name] = {"share": stored_share([str(path)])["all"], "cpu_seconds": time.process_time() - start}
+    return found
+
+
+MEASURES: dict[str, Callable[..., Any]] = {"memory": memory, "sources": source_speed, "reading": reading}
+
+
+def alone(*arguments: str) -> dict[str, float]:
+    """One measurement in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, __file__, "--measure", *arguments]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(*arguments, found, file=sys.stderr)
+    return found
+
+
+def medians(rounds: int, *cases: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """Each case measured in every round; the median of each of its figures, by its second argument."""
+    runs = [[alone(*case) for case in cases] for _ in range(rounds)]
+    return {
+        case[1]: {name: statistics.median(run[at][name] for run in runs) for name in runs[0][at]}
+        for at, case in enumerate(cases)
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The results in Markdown."""
+    peaks = {count: report["memory"][str(count)]["peak_mib"] for count in MEMORY}
+    few, many = peaks.values()
+    lines = [
+        f"Peak memory of an encode of synthetic 32x32 images (D = {DIMS}, a trivial encoder, without torch): "
+        + ", ".join(f"{count:,} images {peak:,.0f} MiB" for count, peak in peaks.items())
+        + f", {100 * (many / few - 1):+.1f} %.",
+        "",
+        "| array-like source, 28x28, one worker | images a CPU-second |",
+        "|---|---:|",
+        *(f"| {name} | {one['images_per_cpu_second']:,.0f} |" for name, one in report["sources"].items()),
+        "",
+        f"Float columns of a model trained on Fashion-MNIST for {report['minutes']:g} CPU-minutes "
+        f"(D = {DIMS}, 70,000 rows), stored bytes over raw float32: "
+        + ", ".join(f"{name} {share:.3f}" for name, share in report["latents"]["stored"].items())
+        + ". The same columns under other settings: "
+        + "; ".join(
+            f"{name} {one['share']:.3f} ({one['cpu_seconds']:.2f} s of CPU)"
+            for name, one in report["latents"]["settings"].items()
+        )
+        + ".",
+        "",
+        "| reading that table's ids and `mu` | CPU seconds | seconds | over `read_latents` |",
+        "|---|---:|---:|---:|",
+    ]
+    ours = report["reading"]["read_latents"]["cpu_seconds"]
+    titles = ("`read_latents(uri)`", "`pandas.read_parquet(uri)` + `np.stack`", "the same with `columns=`")
+    for title, one in zip(titles, report["reading"].values(), strict=True):
+        cpu, seconds = one["cpu_seconds"], one["seconds"]
+        lines.append(f"| {title} | {cpu:.3f} | {seconds:.3f} | {cpu / ours:.1f}x |")
+    return "\n".join([*lines, "", f"Medians of {report['rounds']} rounds; {place(report)}."])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--fashion-mnist", default="/usr/share/datasets/fashion-mnist")
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        what, *arguments = options.measure
+        print(json.dumps(MEASURES[what](*arguments)))
+        return
+    report: dict[str, Any] = {**machine(), "rounds": options.rounds, "minutes": options.minutes}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        report["memory"] = medians(1, *(("memory", str(count)) for count in MEMORY))
+        write_sources(options.fashion_mnist, folder)
+        report["sources"] = medians(options.rounds, *(("sources", kind, name) for kind in SOURCES))
+        uri = trained_table(options.fashion_mnist, options.minutes, folder / "latents")
+        files = [str(path) for path in sorted(Path(uri).rglob("part-*.parquet"))]
+        report["latents"] = {"stored": stored_share(files), "settings": settings_compared(files, folder)}
+        report["reading"] = medians(options.rounds, *(("reading", reader, uri) for reader in READERS))
+    keep("tables", report, table(report))
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
