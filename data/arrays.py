@@ -9,10 +9,10 @@ import gzip
 import inspect
 import io
 import math
-import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from data.images import LIMITS, Limits, pixel_hash
 from data.sources import LISTED, SPLIT_NAMES, Payload, Source, check_folder, listed, runs
+from data.store import Store, open_store
 
 
 @dataclass(frozen=True)
@@ -90,22 +91,22 @@ def open_digits() -> Source:
 def open_idx(place: str) -> Source:
     """The MNIST file format, plain or .gz: MNIST, Fashion-MNIST, KMNIST, EMNIST.
 
-    `place` is the folder of the files, or that folder and a set's prefix where it holds several sets
+    `place` is the folder or URL of the files, or that and a set's prefix where it holds several sets
     (`DIR/emnist-letters`). EMNIST's images, stored transposed, are turned upright.
     """
-    folder, files = _idx_files(place)
+    store, wanted, files = _idx_files(place)
     parts, shapes = {}, {}
     for part in sorted({part for part, content in files if content == "images"}):
-        parts[part], shapes[part] = _idx_part(files[part, "images"], files.get((part, "labels")))
+        parts[part], shapes[part] = _idx_part(store, files[part, "images"], files.get((part, "labels")))
     if not parts:
         raise ValueError(
-            f"no image files in {folder}: an idx source needs train-images-idx3-ubyte or the like"
+            f"no image files in {store.url}: an idx source needs train-images-idx3-ubyte or the like"
         )
     if len(set(shapes.values())) > 1:
-        raise ValueError(f"images of different sizes in {folder}: {shapes}")
+        raise ValueError(f"images of different sizes in {store.url}: {shapes}")
     height, width = next(iter(shapes.values()))
-    name = os.path.basename(place.rstrip("/"))
-    return ArraySource(f"idx:{os.path.abspath(place)}", name or "idx", (1, height, width), parts)
+    url = store.uri(wanted)
+    return ArraySource(f"idx:{url}", url.rsplit("/", 1)[-1] or "idx", (1, height, width), parts)
 
 
 def open_torchvision(name: str, downloads: Path) -> Source:
@@ -133,36 +134,47 @@ _IDX_NAME = re.compile(
 )
 
 
-def _idx_files(place: str) -> tuple[Path, dict[tuple[str, str], Path]]:
-    """The folder and its files by (split, 'images' or 'labels'), of one set only."""
-    path = Path(os.path.abspath(os.path.expanduser(place)))
-    folder, wanted = (path, None) if path.is_dir() else (path.parent, path.name)
-    if wanted is not None and not any(folder.glob(f"{wanted}-*-ubyte*")):
-        raise ValueError(f"no folder {path}: check the path")
-    check_folder(folder)
-    sets: dict[str, dict[tuple[str, str], Path]] = {}
-    for file in sorted(folder.iterdir(), reverse=True):  # so that a plain file goes before its .gz
-        match = _IDX_NAME.fullmatch(file.name)
-        if match and wanted in (None, match["set"]):
+def _idx_files(place: str) -> tuple[Store, str, dict[tuple[str, str], str]]:
+    """The store, the set's prefix if one was given, and its files by (split, 'images' or 'labels')."""
+    store, wanted = open_store(place), ""
+    if store.local is None and not any(map(_IDX_NAME.fullmatch, store.check().files())):
+        store, wanted = _parent(store)
+    elif store.local is not None and not store.local.is_dir():
+        store, wanted = _parent(store)
+        if not any(store.local.glob(f"{wanted}-*-ubyte*")):  # type: ignore[union-attr]
+            raise ValueError(f"no folder {store.uri(wanted)}: check the path")
+    if store.local is not None:
+        check_folder(store.local)
+    sets: dict[str, dict[tuple[str, str], str]] = {}
+    for name in reversed(store.files()):  # so that a plain file goes before its .gz
+        match = _IDX_NAME.fullmatch(name)
+        if match and wanted in ("", match["set"]):
             part = "test" if match["part"] == "t10k" else match["part"]
-            sets.setdefault(match["set"], {})[part, match["what"]] = file
+            sets.setdefault(match["set"], {})[part, match["what"]] = name
     if len(sets) > 1:
         raise ValueError(
-            f"several sets in {folder}: write idx:{folder}/ and one of {', '.join(sorted(sets))}"
+            f"several sets in {store.url}: write idx:{store.url}/ and one of {', '.join(sorted(sets))}"
         )
-    return folder, next(iter(sets.values()), {})
+    return store, wanted, next(iter(sets.values()), {})
 
 
-def _idx_part(images: Path, labels: Path | None) -> tuple[Part, tuple[int, int]]:
-    count, height, width = _idx_header(images, 3)
-    turned = images.name.startswith("emnist")
+def _parent(store: Store) -> tuple[Store, str]:
+    above, _, name = store.url.rpartition("/")
+    return open_store(above or "/"), name
+
+
+def _idx_part(store: Store, images: str, labels: str | None) -> tuple[Part, tuple[int, int]]:
+    count, height, width = _idx_header(store, images, 3)
+    turned = images.startswith("emnist")
     values = None
     if labels is not None:
-        (labelled,) = _idx_header(labels, 1)
+        (labelled,) = _idx_header(store, labels, 1)
         if labelled != count:
-            raise ValueError(f"{labels} has {labelled} labels, {images} has {count} images")
-        values = _idx_rows(labels, (1,), 8)(np.arange(labelled))[:, 0]
-    rows = _idx_rows(images, (height, width), 16)
+            raise ValueError(
+                f"{store.uri(labels)} has {labelled} labels, {store.uri(images)} has {count} images"
+            )
+        values = _idx_rows(store, labels, (1,), 8)(np.arange(labelled))[:, 0]
+    rows = _idx_rows(store, images, (height, width), 16)
 
     def pixels(positions: np.ndarray) -> np.ndarray:
         found = rows(positions)
@@ -171,12 +183,13 @@ def _idx_part(images: Path, labels: Path | None) -> tuple[Part, tuple[int, int]]
     return Part(count, values, pixels), ((width, height) if turned else (height, width))
 
 
-def _idx_header(path: Path, axes: int) -> tuple[int, ...]:
+def _idx_header(store: Store, name: str, axes: int) -> tuple[int, ...]:
     """The sizes in an idx file's header, checked against its magic number and its length."""
-    with _idx_open(path) as file:
+    path = store.uri(name)
+    with _idx_open(store, name) as file:
         try:
             header = file.read(4 + 4 * axes)
-            length = file.seek(0, io.SEEK_END) if path.suffix != ".gz" else len(header) + _drain(file)
+            length = file.seek(0, io.SEEK_END) if not name.endswith(".gz") else len(header) + _drain(file)
         except (EOFError, OSError, zlib.error) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
     if header[:4] != bytes([0, 0, 8, axes]) or len(header) < 4 + 4 * axes:
@@ -188,21 +201,26 @@ def _idx_header(path: Path, axes: int) -> tuple[int, ...]:
     return sizes
 
 
-def _idx_open(path: Path) -> Any:
+@contextmanager
+def _idx_open(store: Store, name: str) -> Iterator[Any]:
     try:
-        return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+        raw = store.open(name)
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+        raise ValueError(f"cannot read {store.uri(name)}: {error.strerror or error}") from None
+    with raw, gzip.open(raw) if name.endswith(".gz") else nullcontext(raw) as file:
+        yield file
 
 
 def _drain(file: Any) -> int:
     return sum(len(block) for block in iter(lambda: file.read(1 << 20), b""))
 
 
-def _idx_rows(path: Path, shape: tuple[int, ...], offset: int) -> Callable[[np.ndarray], np.ndarray]:
+def _idx_rows(
+    store: Store, name: str, shape: tuple[int, ...], offset: int
+) -> Callable[[np.ndarray], np.ndarray]:
     """A function of row numbers; a plain file is read as it is asked for, a .gz held in memory."""
-    if path.suffix == ".gz":
-        with gzip.open(path) as file:
+    if name.endswith(".gz"):
+        with _idx_open(store, name) as file:
             whole = np.frombuffer(file.read(), np.uint8, offset=offset).reshape(-1, *shape)
         return whole.__getitem__
 
@@ -211,8 +229,8 @@ def _idx_rows(path: Path, shape: tuple[int, ...], offset: int) -> Callable[[np.n
             return np.empty((0, *shape), np.uint8)
         first, last = int(positions.min()), int(positions.max())
         size = math.prod(shape)
-        block = np.fromfile(path, np.uint8, (last - first + 1) * size, offset=offset + first * size)
-        return block.reshape(-1, *shape)[positions - first]
+        block = store.get_range(name, offset + first * size, offset + (last + 1) * size)
+        return np.frombuffer(block, np.uint8).reshape(-1, *shape)[positions - first]
 
     return rows
 

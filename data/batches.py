@@ -11,9 +11,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from threading import Thread, current_thread
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +35,8 @@ from data.sources import Source
 CHUNK = 64  # images one worker takes at a time
 REMOTE_WORKERS = 32  # threads that mostly wait for a network
 AHEAD = 2  # batches decoded before they are asked for
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,8 @@ def stream(
     """Batches of a source's images, read and decoded ahead in threads; memory is that of a few batches.
 
     `rows` picks rows of the source's listing, in their order; all of it when None. A batch holds up to
-    `batch_size` images: fewer where some are rejected. `workers` defaults to the machine's cores, more for a
-    remote source. An image that takes longer than `limits.max_seconds` is a reject of code hang.
+    `batch_size` images: fewer where some are rejected. `workers` defaults to
+    `workers_for` the source. An image that takes longer than `limits.max_seconds` is a reject of code hang.
 
     >>> from data.sources import open_source
     >>> digits = open_source("digits")
@@ -86,18 +89,24 @@ def stream(
     ((100, 1, 8, 8), 'digits/000000000')
     """
     path.geometry  # noqa: B018  an open geometry is the caller's error, before any work
-    count = workers or (REMOTE_WORKERS if "://" in source.uri else os.cpu_count() or 1)
-    crew = _Crew(lambda piece: read_rows(source, piece, path, limits), path, limits.max_seconds, count)
-    pending: deque[list[_Task]] = deque()
+    count = workers or workers_for(source)
+    hang = partial(_hung, path, limits.max_seconds)
+    crew = Crew(lambda piece: read_rows(source, piece, path, limits), hang, limits.max_seconds, count)
+    pending: deque[list[Task[Batch]]] = deque()
     try:
         for piece in rebatch(source.listing() if rows is None else rows, batch_size):
-            pending.append([crew.submit(chunk) for chunk in _chunks(piece)])
+            pending.append(crew.submit(piece))
             if len(pending) > AHEAD:
-                yield crew.join(pending.popleft())
+                yield _joined(crew.results(pending.popleft()))
         while pending:
-            yield crew.join(pending.popleft())
+            yield _joined(crew.results(pending.popleft()))
     finally:
         crew.close()
+
+
+def workers_for(source: Source) -> int:
+    """The machine's cores, more for a remote source."""
+    return REMOTE_WORKERS if "://" in source.uri else os.cpu_count() or 1
 
 
 def read_rows(source: Source, rows: pa.RecordBatch, path: DecodePath, limits: Limits = LIMITS) -> Batch:
@@ -132,51 +141,48 @@ def rebatch(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[pa.RecordB
         yield pa.concat_batches(held)
 
 
-def _chunks(rows: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    return (rows.slice(start, CHUNK) for start in range(0, rows.num_rows, CHUNK))
-
-
-class _Task:
+class Task(Generic[T]):
     """Rows for a worker, when it began on them, and what came of it."""
 
     def __init__(self, rows: pa.RecordBatch):
         self.rows = rows
-        self.result: Future[Batch] = Future()
+        self.result: Future[T] = Future()
         self.began: float | None = None
         self.worker: Thread | None = None
         self.given_up = False
 
 
-class _Crew:
-    """Threads that read and decode, with a watchdog: a thread cannot be ended, but it can be left behind.
+class Crew(Generic[T]):
+    """Threads that work on rows, with a watchdog: a thread cannot be ended, but it can be left behind.
 
     When a chunk takes longer than an image may, its images are done again, each on its own: the one
-    that hangs is a reject, and the others are as if nothing had happened.
+    that hangs gets what `hung` says of its row, and the others are as if nothing had happened.
     """
 
-    def __init__(self, work: Callable[[pa.RecordBatch], Batch], path: DecodePath, patience: float, size: int):
-        self._work, self._path, self._patience = work, path, patience
-        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
+    def __init__(
+        self,
+        work: Callable[[pa.RecordBatch], T],
+        hung: Callable[[pa.RecordBatch], T],
+        patience: float,
+        size: int,
+    ):
+        self._work, self._hung, self._patience = work, hung, patience
+        self._tasks: SimpleQueue[Task[T] | None] = SimpleQueue()
         self._threads: list[Thread] = []
         self._closed = False
         for _ in range(size):
             self._hire()
 
-    def submit(self, rows: pa.RecordBatch) -> _Task:
-        task = _Task(rows)
-        self._tasks.put(task)
-        return task
+    def submit(self, rows: pa.RecordBatch, size: int = CHUNK) -> list[Task[T]]:
+        """Hand the rows out, `size` of them a task."""
+        tasks = [Task[T](rows.slice(start, size)) for start in range(0, rows.num_rows, size)]
+        for task in tasks:
+            self._tasks.put(task)
+        return tasks
 
-    def join(self, tasks: list[_Task]) -> Batch:
-        """The tasks' batches as one, in their order."""
-        parts = [self._wait(task) for task in tasks]
-        return Batch(
-            np.concatenate([part.images for part in parts]),
-            pa.concat_batches([part.rows for part in parts]),
-            [digest for part in parts for digest in part.hashes],
-            np.concatenate([part.sizes for part in parts]),
-            [reject for part in parts for reject in part.rejects],
-        )
+    def results(self, tasks: list[Task[T]]) -> list[T]:
+        """What came of the tasks, in their order; waits for it. An error of the work is raised here."""
+        return [part for task in tasks for part in self._wait(task)]
 
     def close(self) -> None:
         """Let the threads go, once each has finished what it is at; those left behind are not waited for."""
@@ -202,25 +208,37 @@ class _Crew:
             if task.given_up:
                 return
 
-    def _wait(self, task: _Task) -> Batch:
+    def _wait(self, task: Task[T]) -> list[T]:
         while True:
             left = self._patience if task.began is None else task.began + self._patience - time.monotonic()
             try:
-                return task.result.result(timeout=max(left, 0.0))
+                return [task.result.result(timeout=max(left, 0.0))]
             except TimeoutError:
                 if not task.result.done() and task.began is not None and left <= 0.0:
                     return self._leave_behind(task)
 
-    def _leave_behind(self, task: _Task) -> Batch:
+    def _leave_behind(self, task: Task[T]) -> list[T]:
         task.given_up = True
         self._threads = [thread for thread in self._threads if thread is not task.worker]
         self._hire()
-        if task.rows.num_rows > 1:
-            return self.join([self.submit(task.rows.slice(row, 1)) for row in range(task.rows.num_rows)])
-        hang = Reject("hang", f"not read and decoded within {self._patience:g} seconds", "decode")
-        empty = np.empty((0, *self._path.geometry), np.uint8)
-        sizes = np.empty((0, 2), np.int32)
-        return Batch(empty, task.rows.slice(0, 0), [], sizes, [(task.rows["id"][0].as_py(), hang)])
+        return self.results(self.submit(task.rows, 1)) if task.rows.num_rows > 1 else [self._hung(task.rows)]
+
+
+def _joined(parts: list[Batch]) -> Batch:
+    return Batch(
+        np.concatenate([part.images for part in parts]),
+        pa.concat_batches([part.rows for part in parts]),
+        [digest for part in parts for digest in part.hashes],
+        np.concatenate([part.sizes for part in parts]),
+        [reject for part in parts for reject in part.rejects],
+    )
+
+
+def _hung(path: DecodePath, patience: float, row: pa.RecordBatch) -> Batch:
+    """A batch without its one image, which hangs."""
+    hang = Reject("hang", f"not read and decoded within {patience:g} seconds", "decode")
+    empty, sizes = np.empty((0, *path.geometry), np.uint8), np.empty((0, 2), np.int32)
+    return Batch(empty, row.slice(0, 0), [], sizes, [(row["id"][0].as_py(), hang)])
 
 
 def _hwc(path: DecodePath) -> tuple[int, int, int]:

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -27,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data.batches import CHUNK, Batch, Resident, rebatch, stream
+from data.batches import Batch, Crew, Resident, rebatch, stream, workers_for
 from data.commit import (
     ListingHasher,
     Made,
@@ -318,26 +316,29 @@ def _pixels(column: pa.ChunkedArray, decode: DecodePath) -> np.ndarray:
 def _scan(source: Source, limits: Limits) -> pa.Table:
     """The source's listing with splits assigned, and content hashes as versions (null where unreadable)."""
     batches = []
-    with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="scan") as pool:
+    crew: Crew[list[str | None]] = Crew(
+        lambda chunk: [_item_hash(item) for item in source.read(chunk, limits)],
+        lambda row: [None],  # unreadable, as far as can be told: the second pass says why
+        limits.max_seconds,
+        workers_for(source),
+    )
+    try:
         for rows in rebatch(source.listing(), LISTED):
             ids, own = rows["id"].to_pylist(), rows["split"].to_pylist()
             splits = pa.array(assign_splits(ids, own, source.splits), pa.string())
             rows = rows.set_column(rows.schema.get_field_index("split"), LISTING.field("split"), splits)
             if not source.hashed:
-                hashes = pa.array(_hash(pool, source, rows, limits), pa.string())
+                parts = crew.results(crew.submit(rows))
+                hashes = pa.array([digest for part in parts for digest in part], pa.string())
                 rows = rows.set_column(
                     rows.schema.get_field_index("version"), LISTING.field("version"), hashes
                 )
             batches.append(rows)
+    finally:
+        crew.close()
     if not batches:
         raise ValueError(f"no images in {source.uri}")
     return pa.Table.from_batches(batches)
-
-
-def _hash(pool: ThreadPoolExecutor, source: Source, rows: pa.RecordBatch, limits: Limits) -> list[str | None]:
-    chunks = [rows.slice(start, CHUNK) for start in range(0, rows.num_rows, CHUNK)]
-    found = pool.map(lambda chunk: [_item_hash(item) for item in source.read(chunk, limits)], chunks)
-    return [digest for chunk in found for digest in chunk]
 
 
 def _item_hash(item: bytes | np.ndarray | Reject) -> str | None:

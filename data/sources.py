@@ -112,7 +112,7 @@ def open_source(uri: str, *, downloads: str | os.PathLike[str] = "downloads") ->
     """The source that `uri` names; ValueError of one line when it is missing, empty or unreadable.
 
     `digits`, `idx:DIR`, `folder:DIR`, `tar:DIR` (WebDataset shards), `parquet:DIR`, `torchvision:NAME`
-    (fetched under `downloads`) and `snapshot:DIR`; DIR may be a URL of s3, gs or az but for idx.
+    (fetched under `downloads`) and `snapshot:DIR`; DIR may be a URL of s3, gs or az.
 
     >>> source = open_source("digits")
     >>> source.native, sum(batch.num_rows for batch in source.listing())

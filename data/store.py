@@ -135,6 +135,14 @@ class Store:
         listing = obstore.list_with_delimiter(self.backend, prefix=self.prefix or None)
         return sorted(path.rsplit("/", 1)[-1] for path in listing["common_prefixes"])
 
+    def files(self) -> list[str]:
+        """Names of the objects directly under this store, sorted."""
+        if self.local is not None:
+            with os.scandir(self.local) as entries:
+                return sorted(entry.name for entry in entries if entry.is_file())
+        listing = obstore.list_with_delimiter(self.backend, prefix=self.prefix or None)
+        return sorted(meta["path"].rsplit("/", 1)[-1] for meta in listing["objects"])
+
     def delete(self, path: str) -> None:
         """Remove the object; no error if it is already gone."""
         with suppress(*_ABSENT):

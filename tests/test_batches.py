@@ -16,7 +16,9 @@ from PIL import Image
 
 from data.batches import rebatch, stream
 from data.images import DecodePath, Limits
+from data.snapshot import ingest
 from data.sources import Payload, Source, open_source
+from data.store import open_store
 
 PATH = DecodePath(8, 8, 3)
 
@@ -123,6 +125,15 @@ def test_a_hang_is_a_reject_and_named(tmp_path: Path) -> None:
     assert [key for batch in batches for key in batch.ids] == [f"{i:04d}.png" for i in range(100)]
     ((key, reject),) = [reject for batch in batches for reject in batch.rejects]
     assert (key, reject.error) == ("0050.pipe", "hang")
+
+
+def test_ingest_names_what_hangs_too(tmp_path: Path) -> None:
+    uri = folder_of(tmp_path / "in", 100)
+    os.mkfifo(tmp_path / "in" / "0050.pipe")
+    stuck = Stuck(open_source(uri), tmp_path / "in" / "0050.pipe")
+    stuck.name, stuck.native, stuck.splits, stuck.columns = "in", (3, 8, 8), frozenset(), pa.schema([])
+    snapshot = ingest(stuck, PATH, open_store(tmp_path / "out"), limits=Limits(max_seconds=1.0))  # type: ignore[arg-type]
+    assert (snapshot.rows, snapshot.reasons) == (100, {"hang": 1})
 
 
 def test_a_failing_source_raises_where_it_is_read(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
-"""Everything on S3: a real server on loopback, and a proxy before it that cuts and swallows."""
+"""Everything on S3: a real server on loopback, and a proxy that cuts, swallows and halves replies."""
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import io
+import socket
 import tarfile
 import threading
 import urllib.request
@@ -100,13 +102,26 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header(key, value)
         length = answer.headers["Content-Length"] if self.command == "HEAD" else len(data)
         self.send_header("Content-Length", str(length or 0))
+        if fate == "half":
+            self._half(data)
+            return
         self.end_headers()
         self.wfile.write(data)
 
     do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _pass
 
+    def _half(self, data: bytes) -> None:
+        """Half of the reply: of its body, or of its headers where it has none."""
+        if data:
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+        else:
+            self.wfile.write(b"".join(self._headers_buffer)[:-9])  # type: ignore[attr-defined]
+        self._hang_up()
+
     def _hang_up(self) -> None:
         self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
         self.connection.close()
 
     def log_message(self, format: str, *arguments: object) -> None:
@@ -208,6 +223,26 @@ def test_tar_and_parquet_on_s3(bucket: str) -> None:
         assert items == [png(value) for value in range(9)]
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_on_s3(bucket: str, suffix: str) -> None:
+    store, pixels = open_store(f"{bucket}/sets"), np.arange(9 * 8 * 8, dtype=np.uint8).reshape(9, 8, 8)
+    header = bytes([0, 0, 8, 3]) + np.array(pixels.shape, ">u4").tobytes()
+    labels = bytes([0, 0, 8, 1]) + np.array([9], ">u4").tobytes() + bytes(range(9))
+    for name, content in (("images-idx3", header + pixels.tobytes()), ("labels-idx1", labels)):
+        content = gzip.compress(content) if suffix else content
+        store.put_if_absent(f"kmnist-train-{name}-ubyte{suffix}", content)
+        store.put_if_absent(f"other-train-{name}-ubyte{suffix}", content)
+    with pytest.raises(ValueError, match="several sets"):
+        open_source(f"idx:{store.url}")
+    source = open_source(f"idx:{store.url}/kmnist")
+    (rows,) = source.listing()
+    assert (source.name, source.native, source.uri) == ("kmnist", (1, 8, 8), f"idx:{store.url}/kmnist")
+    assert rows["label"].to_pylist() == [str(label) for label in range(9)]
+    assert np.array_equal(np.asarray(source.read(rows))[..., 0], pixels)
+    with pytest.raises(ValueError, match="no image files in"):
+        open_source(f"idx:{bucket}/nothing/here")
+
+
 def test_other_readers_take_the_files(bucket: str, moto: str) -> None:
     result = run(fill(open_store(f"{bucket}/images"), range(12)), open_store(f"{bucket}/latents"))
     from pyarrow import fs
@@ -224,7 +259,8 @@ def test_other_readers_take_the_files(bucket: str, moto: str) -> None:
     [
         ("cut", 9),
         ("swallow", 7),
-        *(pytest.param(fate, 1, marks=pytest.mark.slow) for fate in ("cut", "swallow")),
+        ("half", 8),
+        *(pytest.param(fate, 1, marks=pytest.mark.slow) for fate in ("cut", "swallow", "half")),
     ],
 )
 def test_a_connection_lost_at_each_request(proxy: Proxy, bucket: str, fate: str, stride: int) -> None:
@@ -251,7 +287,7 @@ def test_a_bad_network_loses_nothing(proxy: Proxy, bucket: str) -> None:
     images = open_store(f"{bucket}/images")
     source = fill(images, range(40))
     rng = np.random.default_rng(0)
-    fates = ["cut", "swallow", *["pass"] * 8]
+    fates = ["cut", "swallow", "half", *["pass"] * 12]
     proxy.fate = lambda *_: fates[rng.integers(len(fates))]
     for _ in range(30):
         try:
