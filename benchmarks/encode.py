@@ -308,22 +308,28 @@ def _cpu() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def compare(kind: str, folder: Path, rounds: int) -> dict[str, Any]:
-    """All contenders, each in a process of its own, round by round."""
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
-    for number in range(rounds):
-        for name in CONTENDERS if number == 0 else (c for c in CONTENDERS if c not in ONCE):
-            command = [sys.executable, __file__, "--measure", name, kind, str(folder)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-            environment["PYTHONPATH"] = str(Path(__file__).parents[1])
-            environment["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-            results[name].append(json.loads(done.stdout.splitlines()[-1]))
-            print(kind, name, f"{results[name][-1]['images_per_cpu_second']:.0f}", file=sys.stderr)
-    return {
-        name: {key: statistics.median(r[key] for r in runs) for key in runs[0]}
-        for name, runs in results.items()
+def alone(contender: str, kind: str, folder: Path) -> dict[str, float]:
+    """One contender's figures, from a process of its own."""
+    command = [sys.executable, __file__, "--measure", contender, kind, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    environment["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(kind, contender, f"{found['images_per_cpu_second']:.0f}", file=sys.stderr, flush=True)
+    return found
+
+
+def play(runs: dict[str, list[dict[str, float]]], kind: str, folder: Path) -> dict[str, Any]:
+    """One more round of all contenders; the medians of the rounds so far."""
+    for contender in CONTENDERS:
+        if contender not in ONCE or contender not in runs:
+            runs.setdefault(contender, []).append(alone(contender, kind, folder))
+    found: dict[str, Any] = {
+        name: {key: statistics.median(run[key] for run in rounds) for key in rounds[0]}
+        for name, rounds in runs.items()
     }
+    return {**found, "ratios": ratios(found), "runs": runs}
 
 
 def ratios(result: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -371,21 +377,24 @@ def main() -> None:
     parser.add_argument("--small", type=int, default=50_000)
     parser.add_argument("--large", type=int, default=5_000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--files", type=Path, help="keep the image files here, and use those that are")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         contender, kind, folder = options.measure
         print(json.dumps(measure(contender, kind, Path(folder))))
         return
-    report: dict[str, Any] = {**machine(), "rounds": options.rounds}
-    for kind, count in (("small", options.small), ("large", options.large)):
-        if count:
-            with tempfile.TemporaryDirectory() as folder:
-                make_files(Path(folder), kind, count)
-                report[kind] = compare(kind, Path(folder), options.rounds)
-                report[kind]["ratios"] = ratios(report[kind])
-    keep("encode", report, table(report))
-    print(json.dumps(report, indent=2))
+    with tempfile.TemporaryDirectory() as place:
+        folders = {kind: options.files / kind if options.files else Path(place) / kind for kind in GEOMETRY}
+        for kind, folder in folders.items():
+            if not folder.exists():
+                make_files(folder, kind, getattr(options, kind))
+        runs: dict[str, Any] = {kind: {} for kind in folders}
+        for number in range(options.rounds):
+            found = {kind: play(runs[kind], kind, folder) for kind, folder in folders.items()}
+            report = {**machine(), "rounds": number + 1, **found}
+            keep("encode", report, table(report))  # after each round: a run that is stopped has measured too
+    print(table(report))
 
 
 if __name__ == "__main__":
