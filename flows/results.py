@@ -113,7 +113,7 @@ class Table(Result):
     rows: int
     rejected: int
     reasons: dict[str, int]
-    duplicates: int | None
+    duplicates: int | None = None
     rejects: str | None
     bytes: int
     seconds: float
