@@ -10,7 +10,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
@@ -301,6 +301,27 @@ def write_samples(
         return Made(pa.concat_tables([_sample_rows(cut, sample, seed, dims, about) for cut in cuts]), [])
 
     run_shards(plan, make, f"seed:{seed}", max_reject_share=0.0, progress=progress)
+    return table_result(put_manifest(plan), before, not complete)
+
+
+def write_columns(
+    store: Store,
+    columns: dict[str, Sequence[Any] | np.ndarray],
+    *,
+    name: str,
+    key: dict[str, Any],
+    lineage: dict[str, Any] | None = None,
+) -> TableResult:
+    """Write a small table of these columns, one of them `id`, unique; a row each of what a job found.
+
+    `key` holds what decides the rows: another key is another table, `<store>/<name>-<key>`.
+    """
+    about = about_table({"kind": name, **key}, lineage or {})
+    rows = pa.table(columns).sort_by("id").replace_schema_metadata({METADATA: json.dumps(about)})
+    table = store.child(f"{name}-{about['key']}")
+    plan = plan_table(table, about, lambda: [listed(id=rows["id"].to_pylist())], rows.num_rows)
+    before, complete = len(plan.done()), table.exists(plan.manifest)
+    run_shards(plan, lambda _: Made(rows, []), name, max_reject_share=0.0)
     return table_result(put_manifest(plan), before, not complete)
 
 

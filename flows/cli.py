@@ -27,6 +27,7 @@ COMMANDS = {
     "train": ("Train", "train a model; stopped, the same command resumes"),
     "evaluate": ("Evaluate", "score a model on held-out images"),
     "encode": ("Encode", "images -> a Parquet table of latents"),
+    "drift": ("Drift", "do new images differ from those that a model came from?"),
     "sample": ("Sample", "the prior -> a Parquet table of images"),
     "reconstruct": ("Reconstruct", "images over their reconstructions, as a picture"),
     "interpolate": ("Interpolate", "the way from one image to another, as a picture"),

@@ -272,6 +272,20 @@ class Encode(Output, Images, WithModel):
         return self
 
 
+class Drift(Output, Images, WithModel):
+    """Compare images that a model encodes now with the images it came from."""
+
+    table: str = Field("", description="a latent table of the new images, with scores, instead of --source")
+    reference: str = Field(
+        "", description="a latent table to compare with; by default that of the model's own snapshot"
+    )
+    split: Literal["held-out", "train", "validation", "test"] = Field(
+        "held-out", description="rows of the reference; the model scores better on those it was trained on"
+    )
+    rows: int = Field(2000, ge=20, le=20_000, description="images of each side at most, drawn at random")
+    level: float = Field(0.05, gt=0, lt=1, description="how often same data may raise a false alarm")
+
+
 class Sample(Output, Drawing, WithModel):
     """Sample images from the prior into a sample table."""
 

@@ -284,6 +284,28 @@ class Traced(Result):
         return "\n".join(lines)
 
 
+class Drifted(Result):
+    """Whether new images differ from a model's own, why in one line, and the table of the tests."""
+
+    job: str
+    model: str
+    reference: str
+    new: str
+    reference_rows: int
+    new_rows: int
+    drift: bool
+    reason: str
+    p: dict[str, float] = {}
+    table: str | None = None
+
+    def summary(self) -> str:
+        title = f"{'DRIFT' if self.drift else 'no drift'}: {self.reason}"
+        sides = f"  {self.new_rows:,} new images of {self.new}\n"
+        sides += f"  {self.reference_rows:,} images of {self.reference}"
+        table = [f"  pandas.read_parquet({self.table!r})"] if self.table else []
+        return _state(self) + "\n".join([title, sides, *table])
+
+
 class Pulled(Result):
     """A bundle fetched from the registry."""
 
