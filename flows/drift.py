@@ -23,7 +23,7 @@ from flows.jobs import digest, job_store, put_record, read_record
 from flows.registry import Located, locate
 from flows.results import Drifted
 from flows.tracking import Run, tracked
-from flows.two_samples import Difference, differences, smallest, verdict
+from flows.two_samples import Finding, differences, smallest, verdict
 
 logger = logging.getLogger("vae_flows.drift")
 FEWEST = 20  # images on either side, below which no test could tell
@@ -146,7 +146,7 @@ def compare(config: Drift, model: Located, reference: Rows, new: Rows, job: str)
     return Drifted(**put_record(job_store(config.root, job), "drift.json", record), changed=True)
 
 
-def write_table(config: Drift, model: Located, drifted: Drifted, tests: list[Difference]) -> str:
+def write_table(config: Drift, model: Located, drifted: Drifted, tests: list[Finding]) -> str:
     """A row a test, in Parquet; the table's URI."""
     return write_columns(
         open_store(config.out or config.root.resolve() / "drift"),

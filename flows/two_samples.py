@@ -18,7 +18,7 @@ Rows = dict[str, np.ndarray]  # columns by name: mu (N, D) and scores (N,)
 
 
 @dataclass(frozen=True)
-class Difference:
+class Finding:
     """A test: `difference` is the distance of two distributions, the MMD, or the change of a mean.
 
     p is corrected for everything tested: below a level in any of the tests is an alarm at that level.
@@ -32,7 +32,7 @@ class Difference:
     new_mean: float | None = None
 
 
-def differences(reference: Rows, new: Rows, *, seed: int = 0) -> list[Difference]:
+def differences(reference: Rows, new: Rows, *, seed: int = 0) -> list[Finding]:
     """Every test of mu (N, D) and, of a generative model, its scores (N,), `elbo` among them.
 
     Kolmogorov-Smirnov on each latent dimension and score, together one test by Holm's correction; the MMD of
@@ -40,16 +40,16 @@ def differences(reference: Rows, new: Rows, *, seed: int = 0) -> list[Difference
     """
     tests = marginals(reference, new)
     distance, p = mmd(reference["mu"], new["mu"], seed=seed)
-    tests.append(Difference("mmd", "mmd", distance, p))
+    tests.append(Finding("mmd", "mmd", distance, p))
     if "elbo" in reference:
         change, p = change_of_mean(reference["elbo"], new["elbo"])
         sides = float(reference["elbo"].mean()), float(new["elbo"].mean())
-        tests.append(Difference("mean elbo", "mean", change, p, *sides))
+        tests.append(Finding("mean elbo", "mean", change, p, *sides))
     count = len({test.test for test in tests})
     return [replace(test, p=min(1.0, count * test.p)) for test in tests]
 
 
-def marginals(reference: Rows, new: Rows) -> list[Difference]:
+def marginals(reference: Rows, new: Rows) -> list[Finding]:
     """Kolmogorov-Smirnov on each dimension of mu and on each other column, p corrected by Holm."""
     a, b = (
         np.column_stack([rows[name] for name in reference]).astype(np.float64) for rows in (reference, new)
@@ -60,10 +60,10 @@ def marginals(reference: Rows, new: Rows) -> list[Difference]:
     columns = zip(
         names, distances.tolist(), holm(p).tolist(), a.mean(0).tolist(), b.mean(0).tolist(), strict=True
     )
-    return [Difference(f"marginal {name}", "marginal", *rest) for name, *rest in columns]
+    return [Finding(f"marginal {name}", "marginal", *rest) for name, *rest in columns]
 
 
-def verdict(tests: list[Difference], level: float) -> tuple[bool, str]:
+def verdict(tests: list[Finding], level: float) -> tuple[bool, str]:
     """Whether there is drift, and why in one line."""
     alarms = sorted((test for test in tests if test.p < level), key=lambda test: test.p)
     if not alarms:
@@ -73,7 +73,7 @@ def verdict(tests: list[Difference], level: float) -> tuple[bool, str]:
     return True, f"{len(alarms)} of {len(tests)} tests differ: {named}{change}"
 
 
-def smallest(tests: list[Difference]) -> dict[str, float]:
+def smallest(tests: list[Finding]) -> dict[str, float]:
     """The smallest corrected p-value of each kind of test."""
     kinds = {test.test for test in tests}
     return {kind: min(test.p for test in tests if test.test == kind) for kind in sorted(kinds)}
