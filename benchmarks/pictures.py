@@ -11,42 +11,46 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from table import BUILD, RESULTS, ROOT, ROWS, SHAPE, TUNED, Run
+from table import BUILD, RESULTS, ROOT, ROWS, SHAPE, Plan, write_page
 from training import Images, keep, train_for
 
 import vae
+from flows.mixture import fit_mixture
 from vae import pixels
-from vae.compress import compression_curve
+from vae.compress import CodeQuality, compression_curve
 from vae.config import AutoencoderConfig, ModelConfig, TrainConfig
 from vae.edit import attribute_direction, decode, interpolate, move
 from vae.encode import Encoder
 from vae.model import Model
-from vae.sample import sample
+from vae.sample import sample, sample_mixture
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 PICTURES = ROOT / "docs/pictures"
 ENLARGE = 3  # screen pixels a pixel
-CODES = (8, 32)  # latent dimensions of the compression curves
+CODES = (4, 8, 16, 32, 64)  # latent dimensions of the compression curves
 SHIRT, PULLOVER, BAG = 6, 2, 8
 MLP = ROWS["mlp"].train
 SHOWN = 10
+COMPONENTS = 20  # of the mixture fitted to latents
 DEGREES = np.linspace(-0.5, 1.5, 9).tolist()
 
 
-def draw_all(splits: dict[str, Images], data: str, minutes: float, seed: int) -> None:
+def draw_all(splits: dict[str, Images], data: str, plan: Plan) -> None:
     """Draw every picture of a set whose runs are done."""
     PICTURES.mkdir(parents=True, exist_ok=True)
-    models = {row: vae.load(BUILD / Run(data, row, seed, minutes).name) for row in ROWS}
-    test = splits["test"]
+    models = {row: vae.load(BUILD / plan.run(data, row).name) for row in ROWS}
+    train, test = splits["train"], splits["test"]
     reconstructions(models, test)
     prior_samples(models)
+    mixture_samples(models, train)
     interpolation(models, test)
     shirt_to_pullover(models["conv"], splits)
-    bar_added(splits, data, minutes / 2, seed)
-    compression(splits, data, minutes / 2, seed)
-    upscaled(splits, data, minutes / 2, seed)
+    short = replace(plan, minutes=plan.minutes / 2)
+    bar_added(splits, data, short)
+    compression(splits, data, replace(plan, minutes=plan.minutes / 4))
+    upscaled(splits, data, short)
 
 
 def grid(rows: list[np.ndarray], name: str) -> None:
@@ -86,6 +90,15 @@ def prior_samples(models: dict[str, Model]) -> None:
     grid([*rows, cool], "prior_samples")
 
 
+def mixture_samples(models: dict[str, Model], train: Images) -> None:
+    """A row a model, in the table's order, from a Gaussian mixture fitted to training images' latents."""
+    rows = []
+    for model in models.values():
+        mixture = fit_mixture(encode(model, train.pixels[:10_000]).astype(np.float64), COMPONENTS)
+        rows.append(sample_mixture(model, *mixture, range(SHOWN), seed=0)[1])
+    grid(rows, "mixture_samples")
+
+
 def interpolation(models: dict[str, Model], test: Images) -> None:
     """From a shirt to a bag in the flat model and the ladder: the ends are the two reconstructions."""
     ends = np.stack([test.pixels[test.labels == label][0] for label in (SHIRT, BAG)])
@@ -114,17 +127,17 @@ def add_bar(images: np.ndarray) -> np.ndarray:
     return barred
 
 
-def bar_added(splits: dict[str, Images], data: str, minutes: float, seed: int) -> None:
+def bar_added(splits: dict[str, Images], data: str, plan: Plan) -> None:
     """An attribute that is no class: drawn onto half of the real images, then added and removed by degree.
 
     A logistic classifier, trained on the pixels of held-out images with and without the bar, scores the
     edits: the share it finds a bar in, at each degree.
     """
     train, test = splits["train"], splits["test"]
-    half = np.random.default_rng(seed).random(len(train.pixels)) < 0.5
+    half = np.random.default_rng(plan.seeds[0]).random(len(train.pixels)) < 0.5
     images = np.where(half[:, None, None, None], add_bar(train.pixels), train.pixels)
     config = replace(ROWS["conv"].model, likelihood="continuous_bernoulli", binarize="none")
-    model = trained_once("bar", config, TUNED, images, data, minutes, seed)
+    model = trained_once("bar", config, ROWS["conv"].train, images, data, plan)
     bar = attribute_direction(encode(model, images[:10_000]), half[:10_000])
     held, edited = test.pixels[:5000], test.pixels[5000:6000]
     judge = LogisticRegression(max_iter=200).fit(
@@ -164,15 +177,16 @@ def _plot_bar(shares: dict[str, list[float]]) -> None:
     _save(figure, "bar_by_degree")
 
 
-def compression(splits: dict[str, Images], data: str, minutes: float, seed: int) -> None:
+def compression(splits: dict[str, Images], data: str, plan: Plan) -> None:
     """PSNR and SSIM of the test images against the bytes of their quantised codes, a curve a code's size."""
     curves = {}
     for size in CODES:
         config = autoencoder(latent_dim=size)
-        model = trained_once(f"code{size}", config, MLP, splits["train"].pixels, data, minutes, seed)
+        model = trained_once(f"code{size}", config, MLP, splits["train"].pixels, data, plan)
         curves[size] = compression_curve(model, splits["test"].pixels, splits["train"].pixels[:5000])
     points = {size: [asdict(point) for point in curve] for size, curve in curves.items()}
     (RESULTS / "compression.json").write_text(json.dumps(points, indent=1) + "\n")
+    write_page("compression", compression_table(curves))
     figure, panels = plt.subplots(1, 2, figsize=(8, 3))
     for axes, name, unit in zip(panels, ("psnr", "ssim"), ("PSNR, dB", "SSIM"), strict=True):
         for size, curve in curves.items():
@@ -187,10 +201,23 @@ def compression(splits: dict[str, Images], data: str, minutes: float, seed: int)
     _save(figure, "compression")
 
 
-def upscaled(splits: dict[str, Images], data: str, minutes: float, seed: int) -> None:
+def compression_table(curves: dict[int, list[CodeQuality]]) -> str:
+    """A row a code's size and a column a depth: bytes an image, PSNR in dB and SSIM."""
+    depths = [point.bits for point in next(iter(curves.values()))]
+    lines = [
+        "| dimensions | " + " | ".join(f"{bits} bits" for bits in depths) + " |",
+        "| ---: |" + " ---: |" * len(depths),
+    ]
+    for size, curve in curves.items():
+        cells = [f"{p.bytes_per_image} B: {p.psnr:.1f} dB, {p.ssim:.2f}" for p in curve]
+        lines.append(f"| {size} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def upscaled(splits: dict[str, Images], data: str, plan: Plan) -> None:
     """Rows: the image shrunk to a quarter of its sides, what the autoencoder makes of it, the original."""
     config = autoencoder(latent_dim=64, corruption="downscale", corruption_strength=4.0)
-    model = trained_once("upscale", config, MLP, splits["train"].pixels, data, minutes, seed)
+    model = trained_once("upscale", config, MLP, splits["train"].pixels, data, plan)
     original = splits["test"].pixels[:SHOWN]
     small = pixels.to_uint8(pixels.downscale(torch.from_numpy(original), 4) / 255).numpy()
     grid([small, decode(model, encode(model, small)), original], "upscaled")
@@ -202,18 +229,13 @@ def autoencoder(**fields: object) -> AutoencoderConfig:
 
 
 def trained_once(
-    name: str,
-    config: ModelConfig,
-    train: TrainConfig,
-    images: np.ndarray,
-    data: str,
-    minutes: float,
-    seed: int,
+    name: str, config: ModelConfig, train: TrainConfig, images: np.ndarray, data: str, plan: Plan
 ) -> Model:
-    """The bundle of this name, trained for CPU minutes if it is not there yet."""
-    folder: Path = BUILD / f"{data}-picture-{name}-seed{seed}-{minutes:g}min"
+    """The bundle of this name, trained for the plan's minutes if it is not there yet."""
+    seed = plan.seeds[0]
+    folder: Path = BUILD / f"{data}-picture-{name}-seed{seed}-{plan.minutes:.2g}min"
     if not folder.exists():
-        keep(train_for(60 * minutes, config, replace(train, seed=seed), images).model, folder)
+        keep(train_for(60 * plan.minutes, config, replace(train, seed=seed), images).model, folder)
     return vae.load(folder)
 
 

@@ -58,7 +58,8 @@ class LatentColumns:
     """Which numbers a model gives for an image: D = `dims` in `levels` (shapes, top level first).
 
     `logvar` is off for the plain autoencoder, `kl` likewise; `kl_levels` and `scores` (log_likelihood
-    and elbo, in nats) on request. `dtype` of mu and logvar is float32 or float16.
+    and elbo, in nats) on request. `dtype` of mu and logvar is float32 or float16. `dimensions` says which of
+    the model's dimensions these are where they are not all.
 
     >>> LatentColumns(2).fields()
     [('mu', 2, 'float32'), ('logvar', 2, 'float32'), ('kl', None, 'float32')]
@@ -71,12 +72,15 @@ class LatentColumns:
     kl_levels: bool = False
     scores: bool = False
     dtype: str = "float32"
+    dimensions: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "float16"):
             raise ValueError(f"dtype {self.dtype!r}: latents are stored as float32 or float16")
         if self.levels and sum(math.prod(shape) for shape in self.levels) != self.dims:
             raise ValueError(f"levels {self.levels} do not add up to {self.dims} dimensions")
+        if self.dimensions and len(self.dimensions) != self.dims:
+            raise ValueError(f"dimensions {self.dimensions} are {len(self.dimensions)}, not {self.dims}")
 
     def fields(self) -> list[tuple[str, int | None, str]]:
         """(name, width or None for a scalar, dtype) of each column the model fills."""

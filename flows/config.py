@@ -264,6 +264,11 @@ class Encode(Output, Images, WithModel):
 
     scores: bool = Field(False, description="also store log_likelihood and elbo of each image")
     follow: bool = Field(False, description="from now on, encode again whenever the champion changes")
+    min_kl: float | None = Field(
+        None,
+        ge=0,
+        description="keep only the dimensions whose mean KL on validation images is above, in nats",
+    )
 
     @model_validator(mode="after")
     def _follows_an_alias(self) -> Self:
@@ -287,7 +292,21 @@ class Drift(Output, Images, WithModel):
 
 
 class Sample(Output, Drawing, WithModel):
-    """Sample images from the prior into a sample table."""
+    """Sample images from the prior, or from a mixture fitted to latents, into a sample table."""
+
+    prior: Literal["model", "mixture"] = Field(
+        "model", description="the model's own, or a Gaussian mixture fitted to --table's latents"
+    )
+    mixture_components: int = Field(20, ge=1, description="Gaussians of the mixture")
+    table: str = Field("", description="a latent table of this model, for --prior mixture")
+
+    @model_validator(mode="after")
+    def _prior_and_table(self) -> Self:
+        if (self.prior == "mixture") != bool(self.table):
+            raise ValueError("--prior mixture and --table go together: the mixture is fitted to its latents")
+        if self.prior == "mixture" and self.temperature != 1:
+            raise ValueError(f"--temperature {self.temperature:g} is of the model's prior, not of a mixture")
+        return self
 
 
 class Picture(WithModel):
@@ -395,7 +414,7 @@ def settings(command: type[Command]) -> list[Setting]:
     """Every leaf of a configuration, those of its sections too.
 
     >>> sorted(setting.name for setting in settings(Sample))
-    ['count', 'device', 'model', 'out', 'root', 'seed', 'temperature']
+    ['count', 'device', 'mixture_components', 'model', 'out', 'prior', 'root', 'seed', 'table', 'temperature']
     """
     leaves = []
     for name, field in command.model_fields.items():

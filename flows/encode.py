@@ -63,7 +63,7 @@ def encode_images(config: Encode, model: Located) -> Table:
 
     def encode_batch(images: np.ndarray, ids: list[str]) -> dict[str, np.ndarray]:
         latents = encoder().encode(images, ids, scores=config.scores, seed=config.seed)
-        return {name: value for name, value in vars(latents).items() if value is not None}
+        return kept(vars(latents), job.columns)
 
     with progress("encode") as advance:
         result = encode_table(
@@ -73,6 +73,15 @@ def encode_images(config: Encode, model: Located) -> Table:
             progress=lambda at: advance(at.rows_done, at.rows, f"images, {at.rejected} rejected"),
         )
     return Table.of(result, time.monotonic() - started, model.uri)
+
+
+def kept(latents: dict[str, np.ndarray | None], columns: LatentColumns) -> dict[str, np.ndarray]:
+    """What the table takes of a batch's latents: what there is, of the dimensions that it holds."""
+    found = {name: value for name, value in latents.items() if value is not None}
+    if columns.dimensions:
+        dimensions = list(columns.dimensions)
+        found |= {name: found[name][:, dimensions] for name in ("mu", "logvar") if name in found}
+    return found
 
 
 def load_encoder(config: Encode, model: Located) -> Encoder:
@@ -87,21 +96,26 @@ def plan(config: Encode, model: Located) -> EncodeJob:
     """The table's plan: found where it is, decoded as the model's own images were."""
     facts = model.facts()
     source = limited(open_images(config), config.limit)
+    given = columns(facts, config.scores, config.min_kl)
+    chosen = {"min_kl": config.min_kl, "dimensions": given.dimensions} if given.dimensions else {}
     return plan_encode(
         open_store(config.out or config.root.resolve() / "latents"),
         source,
         DecodePath.from_dict(facts["extra"]["decode"]),
-        columns(facts, config.scores),
+        given,
         name=model.name or source.name,
         weights_sha256=facts["weights"],
-        lineage={"model": model.uri, "dataset": facts["extra"]["dataset"]},
+        lineage={"model": model.uri, "dataset": facts["extra"]["dataset"], **chosen},
     )
 
 
-def columns(facts: dict[str, Any], scores: bool) -> LatentColumns:
-    """What this model gives for an image."""
+def columns(facts: dict[str, Any], scores: bool, min_kl: float | None = None) -> LatentColumns:
+    """What this model gives for an image; with min_kl, of its dimensions those that carry more than that."""
     levels = tuple(tuple(level) for level in facts["levels"])
     generative = facts["extra"]["generative"]
+    dimensions = () if min_kl is None else informative_dimensions(facts, min_kl)
+    if dimensions:
+        levels = tuple((count,) for count in per_level(dimensions, levels))
     return LatentColumns(
         dims=sum(math.prod(level) for level in levels),
         levels=levels,
@@ -109,7 +123,34 @@ def columns(facts: dict[str, Any], scores: bool) -> LatentColumns:
         kl=generative,
         kl_levels=len(levels) > 1,
         scores=scores and generative,
+        dimensions=dimensions,
     )
+
+
+def informative_dimensions(facts: dict[str, Any], min_kl: float) -> tuple[int, ...]:
+    """The dimensions whose mean KL, measured on validation images when the model was trained, is above."""
+    from vae.ladder import informative
+
+    measured = facts["extra"].get("kl_per_dim")
+    if measured is None:
+        raise ValueError(
+            f"--min-kl {min_kl:g}: the model's bundle states no KL of each dimension, which an autoencoder "
+            "and a VampPrior do not have; encode all dimensions, or train a ladder or a normal prior"
+        )
+    chosen = tuple(informative(measured, min_kl))
+    if not chosen:
+        raise ValueError(f"--min-kl {min_kl:g} leaves no dimension: the largest KL is {max(measured):.3g}")
+    return chosen
+
+
+def per_level(dimensions: tuple[int, ...], levels: tuple[tuple[int, ...], ...]) -> list[int]:
+    """How many of the dimensions are in each level.
+
+    >>> per_level((0, 2, 3), ((2,), (1, 2, 2)))
+    [1, 2]
+    """
+    ends = np.cumsum([math.prod(level) for level in levels])
+    return np.bincount(np.searchsorted(ends, dimensions, side="right"), minlength=len(levels)).tolist()
 
 
 def estimate(config: Encode) -> dict[str, Any]:
@@ -123,7 +164,7 @@ def estimate(config: Encode) -> dict[str, Any]:
         encoder.encode(batch.images, batch.ids, scores=config.scores)
         measured += len(batch.images)
     seconds = (time.monotonic() - started) * rows / max(measured, 1)
-    fields = columns(facts, config.scores).fields()
+    fields = columns(facts, config.scores, config.min_kl).fields()
     width = OTHER_BYTES + sum((size or 1) * np.dtype(dtype).itemsize for _, size, dtype in fields)
     shards = math.ceil(rows / SHARD_ROWS)
     return {"images": rows, "shards": shards, "bytes": rows * width, "seconds": round(seconds, 1)}

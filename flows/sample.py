@@ -1,4 +1,4 @@
-"""Sample: latents from the prior, decoded into a table of images."""
+"""Sample: latents from the prior, or from a mixture fitted to latents, decoded into a table of images."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from flows.devices import pick_device
 from flows.encode import columns
 from flows.figures import grid
 from flows.lineage import remember_table
+from flows.mixture import Mixture, mixture_of, table_key
 from flows.progress import progress
 from flows.registry import Located, locate
 from flows.results import Table
@@ -32,11 +33,14 @@ SHOWN = 64  # images in the picture
 
 @flow(name="sample")
 def sample(config: Sample) -> Table:
-    """The table of `count` images that a model's prior gives: found where it is complete, else written."""
+    """The table of `count` images that a prior gives: found where it is complete, else written."""
     with tracked(config) as run:
         model = locate(config.model)
-        if not model.facts()["extra"]["generative"]:
-            raise ValueError(f"{model.uri} is an autoencoder, which has no prior to sample from")
+        if config.prior == "model" and not model.facts()["extra"]["generative"]:
+            raise ValueError(
+                f"{model.uri} is an autoencoder, which has no prior to sample from: fit one to its codes "
+                "with --prior mixture --table TABLE"
+            )
         logger.info("sample: %d images from %s", config.count, model.uri)
         table = sample_images(config, model)
         remember_table(config.root, table.uri)
@@ -55,13 +59,14 @@ def sample_images(config: Sample, model: Located) -> Table:
     """Draw, decode and commit shard after shard."""
     started = time.monotonic()
     facts = model.facts()
+    prior = table_key(config, model) if config.prior == "mixture" else {}
     with progress("sample") as advance:
         result = write_samples(
             open_store(config.out or config.root.resolve() / "samples"),
             Sampler(config, model),
             config.count,
             name=model.name or "samples",
-            key={"weights_sha256": facts["weights"], "temperature": config.temperature},
+            key={"weights_sha256": facts["weights"], "temperature": config.temperature, **prior},
             seed=config.seed,
             dims=columns(facts, scores=False).dims,
             lineage={"model": model.uri, "dataset": facts["extra"]["dataset"]},
@@ -82,9 +87,16 @@ class Sampler:
 
         return vae.load(self.model.folder)
 
+    @cached_property
+    def mixture(self) -> Mixture:
+        return mixture_of(self.config.table, self.config.mixture_components)
+
     def __call__(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """z (n, D) float32 and images (n, C, H, W) uint8."""
         from vae.sample import sample as draw
+        from vae.sample import sample_mixture
 
-        config = self.config
-        return draw(self.network, indices, config.seed, config.temperature, pick_device(config.device))
+        config, device = self.config, pick_device(self.config.device)
+        if config.prior == "mixture":
+            return sample_mixture(self.network, *self.mixture, indices, config.seed, device)
+        return draw(self.network, indices, config.seed, config.temperature, device)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+import numpy as np
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
@@ -27,9 +28,11 @@ from flows.tracking import Run, tracked
 
 if TYPE_CHECKING:
     from vae.config import ModelConfig
+    from vae.model import Model
     from vae.train import FitResult, Progress
 
 logger = logging.getLogger("vae_flows.train")
+KL_IMAGES = 1000  # validation images that the KL of each dimension is measured on
 KEEP_CHECKPOINTS = 2  # the newest may be damaged, so the one before it stays
 
 
@@ -80,10 +83,27 @@ def fit_model(config: Train, ingested: Ingested, job: str, run: Run) -> Trained:
             progress=lambda event: report_progress(event, run, advance),
             stop=stop,
         )
-    return commit(store, job, ingested, result, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    held = images["validation"] if len(images["validation"]) else images["train"]
+    return commit(store, job, ingested, result, kl_per_dim(result.model, held[:KL_IMAGES]), seconds)
 
 
-def commit(store: Store, job: str, ingested: Ingested, result: FitResult, seconds: float) -> Trained:
+def kl_per_dim(model: Model, images: np.ndarray) -> list[float] | None:
+    """The mean KL of each latent dimension, in nats, which `encode --min-kl` chooses by; None without one."""
+    from vae.evaluate import evaluate
+
+    found = evaluate(model, images, range(len(images)), k=1).scores.get("kl_per_dim")
+    return None if found is None else [round(value, 6) for value in found.value]  # type: ignore[union-attr]
+
+
+def commit(
+    store: Store,
+    job: str,
+    ingested: Ingested,
+    result: FitResult,
+    kl_per_dim: list[float] | None,
+    seconds: float,
+) -> Trained:
     """The bundle's files, its manifest last, then the job's record; the checkpoints have served."""
     from vae.bundle import to_files, weights_digest
 
@@ -92,6 +112,7 @@ def commit(store: Store, job: str, ingested: Ingested, result: FitResult, second
         "dataset": ingested.fingerprint,
         "source": ingested.source,
         "generative": result.model.generative,
+        "kl_per_dim": kl_per_dim,
     }
     files = to_files(result.model, extra)
     bundle = store.child("bundle")

@@ -12,7 +12,7 @@ import torch
 from linear_vae import LinearVAE, drawn_images
 
 from vae.config import AutoencoderConfig, FlatConfig, ModelConfig
-from vae.evaluate import Evaluation, Measurements, evaluate, measure, merge, summarize
+from vae.evaluate import Evaluation, Measurements, evaluate, merge, summarize
 from vae.model import build
 from vae.objective import elbo_loss, terms
 
@@ -84,7 +84,7 @@ def test_elbo_falls_short_of_log_p_by_the_posterior_kl() -> None:
 
 
 def test_training_reaches_the_known_optimum() -> None:
-    """Maximum likelihood of probabilistic PCA, from the data's eigenvalues (Tipping & Bishop 1999, eq. 8)."""
+    """Maximum likelihood of probabilistic PCA, from the data's eigenvalues (Tipping & Bishop 1999)."""
     model, x = LinearVAE(sigma=0.3), torch.from_numpy(drawn_images(400))
     data = (x.double() / 255).flatten(1)
     values = torch.linalg.eigvalsh(torch.cov(data.T, correction=0)).flip(0)
@@ -169,14 +169,13 @@ def test_a_rotation_of_the_order_changes_nothing_but_the_order() -> None:
         np.testing.assert_allclose(second.per_image[name], column[turned], rtol=1e-12)
 
 
-def part_of_a_split(rows: slice) -> list[Measurements]:
-    return measure(build(CONFIGS[0]), IMAGES[rows], IDS[rows], k=4)
+def part_of_a_split(rows: slice) -> Measurements:
+    return evaluate(build(CONFIGS[0]), IMAGES[rows], IDS[rows], k=4).measured
 
 
 def test_two_processes_score_as_one() -> None:
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        first, second = pool.map(part_of_a_split, (slice(0, 23), slice(23, None)))
-    found = summarize(merge([*first, *second]))
+        found = summarize(merge(list(pool.map(part_of_a_split, (slice(0, 23), slice(23, None))))))
     whole = evaluate(build(CONFIGS[0]), IMAGES, IDS, k=4).scores
     for name, score in whole.items():
         np.testing.assert_allclose(found[name].value, score.value, rtol=1e-5, atol=1e-5)

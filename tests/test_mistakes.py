@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import numpy as np
 import pytest
 import test_evaluate
 import test_objective
@@ -17,7 +15,7 @@ from _pytest.outcomes import Failed
 from torch import Tensor
 
 from vae import evaluate, gaussian, likelihood, objective, pixels, train
-from vae.model import Inference, Model
+from vae.model import Inference
 
 Break = Callable[[pytest.MonkeyPatch], None]
 
@@ -67,13 +65,8 @@ def clamped_log_variance(patch: pytest.MonkeyPatch) -> None:
 
 def dropped_last_batch_in_evaluation(patch: pytest.MonkeyPatch) -> None:
     """Only whole batches, where there is one."""
-    true_measure = evaluate.measure
-
-    def whole_batches(model: Model, images: np.ndarray, ids: Sequence[Any], **how: Any) -> Any:
-        kept = len(images) // how["batch_size"] * how["batch_size"] or len(images)
-        return true_measure(model, images[:kept], ids[:kept], **how)
-
-    patch.setattr(evaluate, "measure", whole_batches)
+    true_slices = evaluate.slices
+    patch.setattr(evaluate, "slices", lambda count, size: true_slices(count // size * size or count, size))
 
 
 def dropped_last_batch_in_training(patch: pytest.MonkeyPatch) -> None:

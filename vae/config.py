@@ -336,7 +336,8 @@ class LadderConfig(ModelConfig):
     One entry a stage, finest first. strides: how many times smaller than the stage before (the image, for
     the first), rounding up; hidden: feature channels; levels: stochastic levels, 0 for features alone;
     latents: latent channels of each of its levels. () chooses by geometry. blocks: gated residual blocks
-    before each level, on either path.
+    before each level, on either path. overlap: a patch of the larger stage is made from the features of its
+    neighbours too, not from its own alone.
 
     >>> config = LadderConfig(height=28, width=28, channels=1)
     >>> config.strides, config.levels
@@ -350,6 +351,7 @@ class LadderConfig(ModelConfig):
     levels: tuple[int, ...] = ()
     latents: tuple[int, ...] = ()
     blocks: int = 1
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

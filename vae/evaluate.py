@@ -1,8 +1,8 @@
 """Scores of a model on a whole split: exact means of per-image values, with their standard errors.
 
 Each image's draws are a function of (seed, its id), so the batch size, the chunks over importance samples
-and the number of processes change nothing but rounding: `measure` the parts anywhere, `merge` them, and
-`summarize` once.
+and the number of processes change nothing but rounding: `evaluate` parts of a split anywhere, `merge` what
+they measured, and `summarize` once.
 
 Legend: N images, B batch, K importance samples, L levels, D latent dimensions, C channels, H W pixels.
 """
@@ -40,18 +40,6 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """scores: by name, likelihoods in nats. per_image: columns in the order of the ids.
-
-    protocol: what the scores depend on beside the model and the images.
-    """
-
-    scores: dict[str, Score]
-    per_image: dict[str, np.ndarray]
-    protocol: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Measurements:
     """What a part of a split contributes, as float64 arrays.
 
@@ -62,6 +50,19 @@ class Measurements:
     columns: dict[str, np.ndarray]
     sums: dict[str, np.ndarray]
     latents: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """scores: by name, likelihoods in nats. per_image: columns in the order of the ids.
+
+    protocol: what the scores depend on beside the model and the images. measured: what they were made of.
+    """
+
+    scores: dict[str, Score]
+    per_image: dict[str, np.ndarray]
+    protocol: dict[str, Any]
+    measured: Measurements
 
 
 def evaluate(
@@ -77,6 +78,9 @@ def evaluate(
 ) -> Evaluation:
     """Score images (N, C, H, W) uint8 by their ids, batch_size images and `chunk` of the k draws at a time.
 
+    However a split is divided over calls, an image's row stays the same. By default batch and chunk are such
+    that about a million pixels are decoded at once, for any k.
+
     Of every model: log_likelihood, mse, psnr (dB), ssim of the reconstruction from the posterior's mean.
     Of a generative one: elbo, log_likelihood and kl at one draw, kl_per_level, kl_per_dim (closed form
     only), active_units, iw_bound (K = k) and effective_samples (of those k), bits_per_dim of the ELBO
@@ -85,28 +89,6 @@ def evaluate(
     Raises:
         ValueError: no images, or images that do not fit the model.
         ArithmeticError: a value that is not finite, named with the id of its image.
-    """
-    parts = measure(model, images, ids, seed=seed, k=k, batch_size=batch_size, chunk=chunk, device=device)
-    whole = merge(parts)
-    _require_finite(whole, ids)
-    columns = {name: column for name, column in whole.columns.items() if column.ndim == 1}
-    return Evaluation(summarize(whole), columns, _protocol(model, len(images), seed, k))
-
-
-def measure(
-    model: Model,
-    images: np.ndarray,
-    ids: Sequence[str | int],
-    *,
-    seed: int = 0,
-    k: int = 64,
-    batch_size: int | None = None,
-    chunk: int | None = None,
-    device: str | torch.device | None = None,
-) -> list[Measurements]:
-    """One part a batch. However a split is divided over calls, an image's row stays the same.
-
-    By default batch and chunk are such that about a million pixels are decoded at once, for any k.
     """
     pixels.check(model.config, images)
     if not len(images) or len(images) != len(ids):
@@ -117,14 +99,24 @@ def measure(
     batch_size = batch_size or pixels.rows_at_once(model.config, most=64)
     chunk = chunk or max(1, pixels.rows_at_once(model.config, most=1024) // batch_size)
     parts = []
-    for start in range(0, len(images), batch_size):
-        rows = slice(start, start + batch_size)
+    for rows in slices(len(images), batch_size):
         batch = pixels.tensor(images[rows]).to(model.device)
-        part = _measure_batch(model, batch, IdDraws(seed, ids[rows], model.device), k, chunk)
-        if start >= MIXTURE_LIMIT:
-            part.latents.clear()
-        parts.append(part)
-    return parts
+        parts.append(_measure_batch(model, batch, IdDraws(seed, ids[rows], model.device), k, chunk))
+        if rows.start >= MIXTURE_LIMIT:
+            parts[-1].latents.clear()
+    whole = merge(parts)
+    _require_finite(whole, ids)
+    columns = {name: column for name, column in whole.columns.items() if column.ndim == 1}
+    return Evaluation(summarize(whole), columns, _protocol(model, len(images), seed, k), whole)
+
+
+def slices(count: int, size: int) -> list[slice]:
+    """The batches of a split, the last one as small as it comes.
+
+    >>> slices(5, 2)
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def merge(parts: Sequence[Measurements]) -> Measurements:

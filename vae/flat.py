@@ -1,7 +1,12 @@
 """The VAE with one latent vector: Kingma & Welling 2014, *Auto-Encoding Variational Bayes*.
 
-Names as in the paper: q_phi(z|x) is the encoder with its posterior head, p_theta(x|z) the decoder with its
-likelihood, p(z) the prior.
+    L(theta, phi; x) = -D_KL(q_phi(z|x) || p(z)) + E_{q_phi(z|x)}[log p_theta(x|z)]        equation (3)
+    z = g_phi(epsilon, x) = mu + sigma * epsilon,  epsilon ~ N(0, I)                        (4), section 2.4
+    q_phi(z|x) = N(z; mu, sigma^2 I),  mu and log sigma^2 from the encoder                  (9)
+    -D_KL(q_phi(z|x) || p(z)) = 1/2 sum_j (1 + log sigma_j^2 - mu_j^2 - sigma_j^2)          (10)
+
+(9), (4) and (10) are here, in `FlatVAE`; (3), which every model shares, is in `vae.objective`. The posterior
+q_phi(z|x) is the encoder with its head, p_theta(x|z) the decoder with its likelihood, p(z) the prior.
 
 Legend: B images, K draws an image, N = K*B rows, C channels, H W pixels, D latent dimensions.
 """
@@ -51,22 +56,31 @@ class FlatVAE(Model):
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mu and log sigma^2 of q_phi(z|x) = N(z; mu, sigma^2 I), equation (9): x in [0, 1] -> two (B, D)."""
-        mean, logvar = self.posterior_head(self.encoder(x)).chunk(2, dim=1)
-        return mean, logvar
+        mu, logvar = self.posterior_head(self.encoder(x)).chunk(2, dim=1)
+        return mu, logvar
 
     def infer(self, x: Tensor, noise: Tensor | None) -> Inference:
-        mean, logvar = self.posterior(unit(x, self.dtype))
+        mu, logvar = self.posterior(unit(x, self.dtype))
         if noise is None:
-            z = mean
-        else:
-            mean, logvar = repeat_draws(mean, noise), repeat_draws(logvar, noise)
-            z = gaussian.sample(mean, logvar, noise)  # z = g_phi(eps, x) = mu + sigma * eps, equation (4)
-        log_posterior = gaussian.log_prob(z, mean, logvar).sum(1, keepdim=True)
-        log_prior = self.prior.log_prob(z)[:, None]
-        # -D_KL(q_phi(z|x) || p(z)) of equation (3): in closed form as in equation (10), else from the draw
-        kl_per_dim = gaussian.standard_kl(mean, logvar) if self.kl_in_closed_form else None
-        kl = log_posterior - log_prior if kl_per_dim is None else kl_per_dim.sum(1, keepdim=True)
-        return Inference(mean, logvar, z, log_prior, log_posterior, kl, kl_per_dim, lambda: self.decode(z))
+            z = mu
+        else:  # equation (4): z = g_phi(epsilon, x), where the noise is epsilon
+            mu, logvar = repeat_draws(mu, noise), repeat_draws(logvar, noise)
+            z = gaussian.sample(mu, logvar, noise)
+        log_q = gaussian.log_prob(z, mu, logvar).sum(1, keepdim=True)  # log q_phi(z|x)
+        log_p = self.prior.log_prob(z)[:, None]  # log p(z)
+        # D_KL(q_phi(z|x) || p(z)): by equation (10) where p(z) is N(0, I), else log q - log p of the draw
+        kl_per_dim = gaussian.standard_kl(mu, logvar) if self.kl_in_closed_form else None
+        kl = log_q - log_p if kl_per_dim is None else kl_per_dim.sum(1, keepdim=True)
+        return Inference(
+            mean=mu,
+            logvar=logvar,
+            z=z,
+            log_prior=log_p,
+            log_posterior=log_q,
+            kl=kl,
+            kl_per_dim=kl_per_dim,
+            decoded=lambda: self.decode(z),
+        )
 
     def decode(self, z: Tensor) -> Likelihood:
         return self.likelihood(self.decoder(z.to(self.dtype)))

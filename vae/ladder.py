@@ -86,12 +86,15 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Features to patches of stride x stride pixels, cropped to the size that `Down` began with."""
+    """Features to patches of stride x stride pixels, cropped to the size that `Down` began with.
 
-    def __init__(self, inputs: int, outputs: int, stride: int, size: Size):
+    kernel: 1 makes a patch from one position's features, 3 from its neighbours' too, so that patches meet.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, size: Size, kernel: int):
         super().__init__()
         self.stride, self.size = stride, size
-        self.patches = Pointwise(inputs, outputs * stride**2)
+        self.patches = convolution(inputs, outputs * stride**2, kernel)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = self.size
@@ -159,8 +162,10 @@ class TopDown(nn.Module):
             for _ in range(config.levels[stage]):
                 blocks = config.blocks if steps else 0  # the top level's prior is a learned constant as it is
                 steps.append(Level(config, stage, sizes[stage], blocks))
-            steps.append(residuals(channels, kernel_for(sizes[stage]), config.blocks))
-            steps.append(Up(channels, wider[stage], stride, larger[stage]))
+            kernel = kernel_for(sizes[stage])
+            steps.append(residuals(channels, kernel, config.blocks))
+            reach = kernel if config.overlap else 1
+            steps.append(Up(channels, wider[stage], stride, larger[stage], reach))
         last = max(index for index, step in enumerate(steps) if isinstance(step, Level))
         self.steps = nn.ModuleList(steps[: last + 1])
         self.image = nn.Sequential(*steps[last + 1 :])

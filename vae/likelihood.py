@@ -193,7 +193,7 @@ class Gaussian(Likelihood):
 
 
 class OptimalGaussian(Gaussian):
-    """A Gaussian whose variance is in closed form the mean squared error (Rybkin et al. 2021, equation 7).
+    """A Gaussian whose variance is in closed form the mean squared error (Rybkin et al. 2021).
 
     While training it is the error of the batch at hand, and `variance` follows it as a running mean; a score
     takes `variance` as it was left, so that no image's density depends on the image or on its batch.
@@ -226,7 +226,7 @@ def log_discretized_logistic(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tens
     """log-probability of grey value x: a logistic's mass on [x - 1/2, x + 1/2], all beyond at 0 and 255.
 
     With a and b the bin's ends in units of the scale, σ(b) - σ(a) = σ(b) σ(-a) (1 - e^{a-b}), which has no
-    difference to lose digits in. Salimans et al. 2017 (PixelCNN++), equation 2.
+    difference to lose digits in. Salimans et al. 2017 (PixelCNN++), section 2.1.
 
     Args:
         x: grey values 0..255, floating.

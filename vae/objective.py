@@ -1,10 +1,13 @@
 """The terms of the ELBO, the importance-weighted bound, and the losses that training minimises.
 
-`terms` and `log_weights` are what is reported: nats, natural sign, one value an image or draw. The losses
-below them are what is trained: scalars, per image, with whatever weights the configuration gives.
+    L(x)   = E_{q(z|x)}[log p(x|z)] - D_KL(q(z|x) || p(z))          Kingma & Welling 2014, equation (3)
+    L_K(x) = E[log 1/K sum_k w_k],  w_k = p(x, z_k) / q(z_k|x)      Burda et al. 2016, section 3
 
-Kingma & Welling 2014: the ELBO. Higgins et al. 2017: beta. Kingma et al. 2016: free bits.
-Burda et al. 2016: the importance-weighted bound L_K. Tucker et al. 2018: its doubly reparameterized gradient.
+with the expectations over draws z_k ~ q(z|x), of which each value here takes one or K (the paper's
+estimator (7) with one draw). `terms`, `log_weights` and `importance_bound` are what is reported: nats,
+natural sign, one value an image or draw. The losses below them are what is trained: scalars, with whatever
+weights the configuration gives. Higgins et al. 2017: beta. Kingma et al. 2016: free bits. Vahdat & Kautz
+2020: balancing. Tucker et al. 2018: the doubly reparameterized gradient of L_K.
 
 Legend: B images, K draws an image, N = K*B rows (draw-major), L latent levels, D latent dimensions.
 """
@@ -41,7 +44,7 @@ def terms(inference: Inference, x: Tensor) -> Terms:
 
 
 def log_weights(inference: Inference, log_likelihood: Tensor) -> Tensor:
-    """log w = log p(x|z) + log p(z) - log q(z|x), (N,): Burda et al. 2016, section 3.
+    """log w = log p(x|z) + log p(z) - log q(z|x), (N,): the w_k of Burda et al. 2016, section 3.
 
     From the densities at the draw, never from the closed-form KL: the bound needs each draw's own weight.
     """
@@ -51,7 +54,7 @@ def log_weights(inference: Inference, log_likelihood: Tensor) -> Tensor:
 
 
 def importance_bound(log_w: Tensor) -> Tensor:
-    """L_K(x) = log 1/K sum_k w_k, (K, B) -> (B,): Burda et al. 2016, equation (8).
+    """L_K(x) = log 1/K sum_k w_k, from log w (K, B) to (B,): Burda et al. 2016, section 3.
 
     >>> importance_bound(torch.log(torch.tensor([[1.0], [3.0]]))).exp()
     tensor([2.])
@@ -62,7 +65,7 @@ def importance_bound(log_w: Tensor) -> Tensor:
 def elbo_loss(terms: Terms, *, beta: float = 1.0, free_bits: float = 0.0, balance: bool = False) -> Tensor:
     """-E[log p(x|z)] + beta * sum_l KL_l, averaged over the batch: with beta = 1 the negative ELBO.
 
-    beta: Higgins et al. 2017, equation (4).
+    beta: Higgins et al. 2017.
     free_bits: lambda in sum_l max(lambda, KL_l) with KL_l the batch's mean (Kingma et al. 2016);
         a level below it has no gradient from its KL.
     balance: weigh the levels by `balancing`.
@@ -76,7 +79,7 @@ def elbo_loss(terms: Terms, *, beta: float = 1.0, free_bits: float = 0.0, balanc
 def balancing(kl: Tensor) -> Tensor:
     """gamma_l proportional to KL_l with mean 1: a level that carries more pays more, (L,) -> (L,).
 
-    Vahdat & Kautz 2020, section 3.2; no gradient flows through the weights.
+    Vahdat & Kautz 2020 (NVAE); no gradient flows through the weights.
 
     >>> balancing(torch.tensor([1.0, 3.0]))
     tensor([0.5000, 1.5000])

@@ -32,7 +32,7 @@ class Prior(Protocol):
 
 
 class StandardNormal(nn.Module):
-    """p(z) = N(0, I) (Kingma & Welling 2014, appendix B)."""
+    """p(z) = N(0, I) (Kingma & Welling 2014, section 3)."""
 
     kl_in_closed_form = True
 
