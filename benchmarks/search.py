@@ -51,7 +51,7 @@ def held_out(train: Images) -> tuple[np.ndarray, np.ndarray]:
 
 
 def score(model: Model, name: str, images: np.ndarray, ids: list[str]) -> list[float] | None:
-    """A score of the model, higher is better, with its standard error over the images; None if it diverged."""
+    """A score of the model, higher is better, with its standard error; None if it diverged."""
     k = K if name == "iw_bound" else 1
     try:
         result = evaluate(model, images, ids, seed=SEED, k=k, batch_size=100, chunk=20).scores[name]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vae.config import AutoencoderConfig, FlatConfig, ModelConfig
+from vae.config import AutoencoderConfig, FlatConfig, LadderConfig, ModelConfig
 from vae.encode import Encoder, Latents
 from vae.evaluate import evaluate
 from vae.model import build
@@ -20,6 +20,9 @@ CONFIGS: list[ModelConfig] = [
     FlatConfig.from_dict(SMALL | {"prior": "vamp", "pseudo_inputs": 3}),
     FlatConfig.from_dict(SMALL | {"likelihood": "bernoulli", "binarize": "sampled"}),
     AutoencoderConfig.from_dict(SMALL),
+    LadderConfig(
+        height=8, width=11, channels=3, strides=(4, 2), hidden=(4, 6), levels=(1, 1), latents=(1, 2)
+    ),
 ]
 
 
@@ -49,7 +52,7 @@ def test_a_rotation_of_the_batch_changes_nothing_but_the_order(config: ModelConf
         np.testing.assert_allclose(second[name], column[turned], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("config", CONFIGS[:3])
+@pytest.mark.parametrize("config", [*CONFIGS[:3], CONFIGS[4]])
 def test_scores_are_those_of_evaluation(config: ModelConfig) -> None:
     model = build(config)
     latents = Encoder(model).encode(IMAGES, IDS, scores=True)

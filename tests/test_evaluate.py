@@ -11,10 +11,11 @@ import pytest
 import torch
 from linear_vae import LinearVAE, drawn_images
 
-from vae.config import AutoencoderConfig, FlatConfig, ModelConfig
+from vae.config import AutoencoderConfig, FlatConfig, LadderConfig, ModelConfig, TrainConfig
 from vae.evaluate import Evaluation, Measurements, evaluate, merge, summarize
 from vae.model import build
 from vae.objective import elbo_loss, terms
+from vae.train import fit
 
 IMAGES = drawn_images(60)
 IDS = [f"train/{i:03d}" for i in range(len(IMAGES))]
@@ -24,6 +25,16 @@ CONFIGS: list[ModelConfig] = [
     FlatConfig.from_dict(SMALL | {"prior": "vamp", "pseudo_inputs": 3}),
     FlatConfig.from_dict(SMALL | {"likelihood": "bernoulli", "binarize": "sampled"}),
     AutoencoderConfig.from_dict(SMALL | {"corruption": "noise", "corruption_strength": 0.2}),
+    LadderConfig(
+        height=8,
+        width=8,
+        channels=1,
+        strides=(4, 2),
+        hidden=(4, 6),
+        levels=(1, 1),
+        latents=(1, 2),
+        overlap=True,
+    ),
 ]
 
 
@@ -179,6 +190,17 @@ def test_two_processes_score_as_one() -> None:
     whole = evaluate(build(CONFIGS[0]), IMAGES, IDS, k=4).scores
     for name, score in whole.items():
         np.testing.assert_allclose(found[name].value, score.value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_score_is_free_of_the_beta_that_the_model_was_trained_with() -> None:
+    """The reported ELBO of a model trained with beta = 4 is log-likelihood - KL, no weight in it."""
+    model = fit(CONFIGS[0], TrainConfig(epochs=2, batch_size=16, beta=4.0), IMAGES).model
+    found = evaluate(model, IMAGES, IDS, k=1)
+    columns = found.per_image
+    np.testing.assert_allclose(columns["elbo"], columns["log_likelihood"] - columns["kl"], rtol=1e-5)
+    mean, logvar = model.posterior(torch.from_numpy(IMAGES) / 255)  # type: ignore[operator]
+    exact = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum(1).detach().numpy()
+    np.testing.assert_allclose(columns["kl"], exact, rtol=1e-4, atol=1e-6)
 
 
 def test_seeds_give_other_draws_and_the_same_seed_the_same() -> None:

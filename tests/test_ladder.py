@@ -1,19 +1,23 @@
 """The ladder against a two-level linear-Gaussian chain, where log p(x) and the posterior are known."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch import Tensor, distributions, nn
 
 from vae import gaussian
-from vae.config import LadderConfig
+from vae.config import LadderConfig, TrainConfig
+from vae.evaluate import evaluate
 from vae.ladder import LadderVAE, Level, Up, informative
 from vae.likelihood import Likelihood, sum_pixels
 from vae.model import build
 from vae.objective import importance_bound, log_weights, terms
+from vae.train import fit
 
 SIZES = [(8, 8), (8, 31), (28, 28), (33, 9), (64, 48), (256, 256)]
 
@@ -218,6 +222,21 @@ def model() -> LadderVAE:
     return built.eval()
 
 
+def test_with_overlap_a_patch_is_made_from_its_neighbours_too():
+    """A change at one position of the lower level reaches the pixels of the next patch."""
+
+    def reach(**fields: object) -> int:
+        model = ladder(likelihood="bernoulli", strides=(4, 7), hidden=(8, 16), blocks=1, **fields)
+        features = torch.zeros(1, 8, 7, 7)
+        changed = features.clone()
+        changed[0, :, 3, 3] = 1.0
+        up = model.top_down.image[-1]
+        return int(((up(changed) - up(features)).abs() > 0).sum())
+
+    assert reach() == 4 * 4
+    assert reach(overlap=True) == 12 * 12
+
+
 def test_levels_are_slices_of_the_flat_latents_from_the_top(model: LadderVAE):
     assert model.levels == ((3, 4, 4), (2, 7, 7), (2, 7, 7))
     assert model.latent_dim == 48 + 98 + 98
@@ -307,6 +326,37 @@ def test_every_parameter_learns_from_the_elbo():
     (-now.elbo.mean()).backward()
     idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert idle == []
+
+
+def test_the_kl_of_each_level_alone_trains_that_level(model: LadderVAE):
+    """Prior and posterior of a level; the top one's prior is a constant, which its own KL trains too."""
+    for level, part in enumerate(model.top_down.levels):
+        model.zero_grad()
+        x = images(8, 1, 28, 28)
+        model.infer(x, normal(8, model.latent_dim)).kl[:, level].mean().backward()
+        for layer in (part.prior, part.posterior, part.seen):
+            assert layer.weight.grad.abs().sum() > 0
+        for below in model.top_down.levels[level + 1 :]:
+            assert below.posterior.weight.grad is None or not below.posterior.weight.grad.any()
+
+
+def test_balancing_brings_the_levels_of_a_trained_ladder_closer():
+    """Without it the level that is used first carries nearly all."""
+    digits = (load_digits().images * (255 / 16)).round().astype(np.uint8)[:, None]
+    config = LadderConfig.from_dict(
+        {"height": 8, "width": 8, "channels": 1, "likelihood": "bernoulli", "binarize": "threshold"}
+        | {"strides": (4, 2), "hidden": (16, 32), "levels": (1, 1), "latents": (2, 8)}
+    )
+    training = TrainConfig(
+        epochs=10, batch_size=32, learning_rate=4e-3, beta_schedule="warmup", warmup_epochs=10.0
+    )
+    least = []
+    for balance in (False, True):
+        trained = fit(config, replace(training, kl_balancing=balance), digits[:1400]).model
+        scores = evaluate(trained, digits[1400:], range(397), k=1).scores
+        levels = scores["kl_per_level"].value
+        least.append(min(levels) / sum(levels))
+    assert least[1] > 2 * least[0]
 
 
 def test_the_informative_dimensions_are_those_above_the_threshold():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ import mlflow
 import numpy as np
 import pandas as pd
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from pipeline import SHORT, run, run_json
 from sklearn.datasets import load_digits
 
 import vae
+from flows.config import Sample
+from flows.mixture import table_key
+from flows.registry import locate
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +123,43 @@ def test_each_step_is_a_command(root: Path, tmp_path: Path) -> None:
     assert encoded["uri"].startswith(str(tmp_path / "latents"))
     sampled = run_json("sample", "--model", trained["bundle"], "--count", 7, "--seed", 3, root=root)
     assert sampled["rows"] == 7
+
+
+def test_encode_keeps_the_dimensions_that_carry_information(
+    root: Path, retrained: dict[str, Any], tmp_path: Path
+) -> None:
+    measured = vae.load(retrained["trained"]["bundle"]).extra["kl_per_dim"]
+    limit = sorted(measured)[10]
+    chosen = [index for index, kl in enumerate(measured) if kl > limit]
+    model = ("--model", "models:/vae-digits@champion")
+    few = run_json("encode", *model, "--min-kl", limit, "--out", tmp_path, root=root)
+    whole = pd.read_parquet(retrained["latents"]["uri"]).set_index("id")
+    part = pd.read_parquet(few["uri"]).set_index("id").loc[whole.index]
+    np.testing.assert_array_equal(np.stack(part["mu"]), np.stack(whole["mu"])[:, chosen])
+    np.testing.assert_allclose(part["kl"], whole["kl"], rtol=1e-6)
+    about = json.loads(pq.read_schema(glob(few["files"])[0]).metadata[b"vae-flows"])
+    assert about["job"]["columns"]["dimensions"] == about["lineage"]["dimensions"] == chosen
+    assert about["lineage"]["min_kl"] == limit
+    sample = Sample(model=retrained["trained"]["bundle"], prior="mixture", table=few["uri"])
+    with pytest.raises(ValueError, match="holds some of the model's latent dimensions"):
+        table_key(sample, locate(sample.model))
+
+
+def test_samples_of_a_mixture_fitted_to_the_latents(
+    root: Path, retrained: dict[str, Any], tmp_path: Path
+) -> None:
+    prior = ("--prior", "mixture", "--mixture-components", 8, "--table", retrained["latents"]["uri"])
+    model = ("--model", "models:/vae-digits@champion", "--count", 300)
+    first = run_json("sample", *model, *prior, "--out", tmp_path / "a", root=root)
+    again = run_json("sample", *model, *prior, "--out", tmp_path / "b", root=root)
+    assert Path(first["uri"]).name == Path(again["uri"]).name != Path(retrained["samples"]["uri"]).name
+    one, other = (pd.read_parquet(table["uri"]).sort_values("index") for table in (first, again))
+    assert one["image"].tolist() == other["image"].tolist()
+    drawn = np.stack(one["z"])
+    rows = pd.read_parquet(retrained["latents"]["uri"])
+    spread = np.stack(rows["mu"]).var(0) + np.exp(np.stack(rows["logvar"])).mean(0)
+    np.testing.assert_allclose(drawn.mean(0), np.stack(rows["mu"]).mean(0), atol=0.3)
+    np.testing.assert_allclose(drawn.var(0), spread, rtol=0.4)
 
 
 def test_dry_run_of_encode_estimates(root: Path, retrained: dict[str, Any]) -> None:
