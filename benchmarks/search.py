@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 from typing import Any
 
 import numpy as np
@@ -51,7 +50,7 @@ def held_out(train: Images) -> tuple[np.ndarray, np.ndarray]:
 
 
 def score(model: Model, name: str, images: np.ndarray, ids: list[str]) -> list[float] | None:
-    """A score of the model, higher is better, with its standard error; None if it diverged."""
+    """A score of the model and its standard error, higher is better; None if it diverged."""
     k = K if name == "iw_bound" else 1
     try:
         result = evaluate(model, images, ids, seed=SEED, k=k, batch_size=100, chunk=20).scores[name]
@@ -74,19 +73,20 @@ def candidate(row: str, change: dict[str, Any], train: Images, seconds: float) -
         "change": change,
         "score": name,
         "value": value,
+        "seconds": seconds,
         "images_seen": trained.images_seen,
-        "train_cpu_seconds": round(trained.cpu_seconds, 1),
     }
 
 
 def best(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The change with the highest score of each row."""
-    rows = {one["row"] for one in found}
-    of_row = {row: [one for one in found if one["row"] == row] for row in CANDIDATES if row in rows}
-    return {
-        row: max(ones, key=lambda one: (one["value"] or [-math.inf])[0])["change"]
-        for row, ones in of_row.items()
-    }
+    """The change with the highest score of each row, among those that were trained for longest."""
+    chosen = {}
+    for row in CANDIDATES:
+        ones = [one for one in found if one["row"] == row and one["value"]]
+        longest = [one for one in ones if one["seconds"] == max(one["seconds"] for one in ones)]
+        if longest:
+            chosen[row] = max(longest, key=lambda one: one["value"][0])["change"]
+    return chosen
 
 
 def main() -> None:
@@ -102,9 +102,15 @@ def main() -> None:
     torch.set_num_threads(1)
     train = read_idx(chosen.data)["train"]
     for row, change in [(name, change) for name in chosen.rows for change in CANDIDATES[name]]:
-        if not any((one["row"], one["change"]) == (row, change) for one in known()):
+        asked = row, change, chosen.seconds
+        if not any((one["row"], one["change"], one["seconds"]) == asked for one in known()):
             one = candidate(row, change, train, chosen.seconds)
             write([*known(), one])  # read only now: another process may serve other rows
+
+
+def _order(one: dict[str, Any]) -> tuple[int, float, int]:
+    row = one["row"]
+    return list(CANDIDATES).index(row), one["seconds"], CANDIDATES[row].index(one["change"])
 
 
 def known() -> list[dict[str, Any]]:
@@ -116,9 +122,7 @@ def known() -> list[dict[str, Any]]:
 def write(found: list[dict[str, Any]]) -> None:
     """Record the candidates, in the order of `CANDIDATES`, and the choice among them."""
     print(found[-1], flush=True)
-    found.sort(
-        key=lambda one: (list(CANDIDATES).index(one["row"]), CANDIDATES[one["row"]].index(one["change"]))
-    )
+    found.sort(key=_order)
     record = {
         "validation_images": VALIDATION,
         "seed": SEED,

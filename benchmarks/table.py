@@ -190,18 +190,21 @@ def _per_image(run: Run, score: str) -> np.ndarray:
 def search_table() -> str:
     """What `search.py` found, in Markdown: a line a candidate, the chosen ones bold."""
     found = json.loads(CHOICES.read_text())
-    lines = ["| row | change | images seen | score | value |", "| --- | --- | ---: | --- | ---: |"]
+    lines = [
+        "| row | change | CPU seconds | images seen | score | value |",
+        "| --- | --- | ---: | ---: | --- | ---: |",
+    ]
     for one in found["candidates"]:
         bold = "**" if found["chosen"][one["row"]] == one["change"] else ""
         change = ", ".join(f"{name} {setting}" for name, setting in one["change"].items())
         value = "{:.2f} ± {:.2f}".format(*one["value"]) if one["value"] else "diverged"
         lines.append(
-            f"| {one['row']} | {bold}{change}{bold} | {one['images_seen']:,} | {one['score']} | {value} |"
+            f"| {one['row']} | {bold}{change}{bold} | {one['seconds']:g} | {one['images_seen']:,} "
+            f"| {one['score']} | {value} |"
         )
     foot = (
-        f"On {found['validation_images']:,} validation images of Fashion-MNIST, seed {found['seed']}, after "
-        f"{found['candidates'][0]['train_cpu_seconds']:.0f} CPU seconds; iw_bound with K = {found['k']}; "
-        f"{found['finished'][:10]}, one thread of {found['machine']['cpu']}."
+        f"In nats, on {found['validation_images']:,} validation images of Fashion-MNIST, seed {found['seed']}; "
+        f"iw_bound with K = {found['k']}; {found['finished'][:10]}, one thread of {found['machine']['cpu']}."
     )
     return "\n".join([*lines, "", foot])
 
