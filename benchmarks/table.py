@@ -203,8 +203,9 @@ def search_table() -> str:
             f"| {one['score']} | {value} |"
         )
     foot = (
-        f"In nats, on {found['validation_images']:,} validation images of Fashion-MNIST, seed {found['seed']}; "
-        f"iw_bound with K = {found['k']}; {found['finished'][:10]}, one thread of {found['machine']['cpu']}."
+        f"In nats, on {found['validation_images']:,} validation images of Fashion-MNIST, seed "
+        f"{found['seed']}; iw_bound with K = {found['k']}; {found['finished'][:10]}, one thread of "
+        f"{found['machine']['cpu']}."
     )
     return "\n".join([*lines, "", foot])
 
