@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import keep, machine, place
+from report import keep, machine, place, results
 
 BATCH = 256
 DIMS = 64
@@ -378,8 +378,13 @@ def main() -> None:
     parser.add_argument("--large", type=int, default=5_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--files", type=Path, help="keep the image files here, and use those that are")
+    parser.add_argument("--table", action="store_true", help="write the table of results that are there")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.table:
+        report = results("encode")
+        keep("encode", report, table(report))
+        return
     if options.measure:
         contender, kind, folder = options.measure
         print(json.dumps(measure(contender, kind, Path(folder))))

@@ -34,6 +34,11 @@ def keep(name: str, report: dict[str, Any], text: str) -> None:
     PAGE.write_text(f"{before}{begin}\n{text}\n\n{end}{after}")
 
 
+def results(name: str) -> dict[str, Any]:
+    """What was kept."""
+    return json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text())
+
+
 def machine() -> dict[str, Any]:
     """Where, when and with what this was measured."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -5,7 +5,8 @@
 Each figure is measured in a process of its own, interleaved over rounds, and is their median. Results go
 to benchmarks/results/tables.json and, as tables, into docs/tables.md.
 
-* memory: the peak of a whole encode of N synthetic 32x32 images to D = 64, by a trivial encoder;
+* memory: the peak of a whole encode of N synthetic 32x32 images to D = 64, by a trivial encoder, and what
+  it left on disk, from which the costs of larger sets follow;
 * sources: idx, a snapshot and a Parquet of PNG files, through the whole stream into batches, and the
   Parquet's bytes alone;
 * latents: a flat convolutional VAE of D = 64 is trained on Fashion-MNIST for --minutes of CPU and encodes
@@ -29,11 +30,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import keep, machine, place
+from report import keep, machine, place, results
 
 DIMS = 64
 MEMORY = (100_000, 1_000_000)
 SOURCES = ("idx", "snapshot", "parquet", "parquet_bytes")
+SHARD = 65_536
+STORED = {
+    "parts": "*/part-*.parquet",
+    "plans": "*/_plan/*",
+    "records": "*/_records/*",
+    "manifest": "*/_manifest.json",
+    "plan": "*/_plan.json",
+}
 READERS = ("read_latents", "pandas", "pandas_two_columns")
 
 
@@ -62,10 +71,17 @@ def memory(count: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as out:
         columns = LatentColumns(DIMS, kl=False)
         settings: dict[str, Any] = {"name": "memory", "weights_sha256": "0"}
+        start = time.process_time()
         job = plan_encode(open_store(out), synthetic(int(count)), DecodePath(), columns, **settings)
+        planning = time.process_time() - start
         result = encode_table(job, project)
+        sizes = {name: _bytes(Path(result.uri), pattern) for name, pattern in STORED.items()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"peak_mib": peak, "rows": result.rows, "duplicates": result.duplicates or 0}
+    return {"peak_mib": peak, "rows": result.rows, "planning_cpu_seconds": planning, **sizes}
+
+
+def _bytes(table: Path, pattern: str) -> int:
+    return sum(path.stat().st_size for path in table.glob(pattern))
 
 
 def source_speed(kind: str, folder: str) -> dict[str, float]:
@@ -223,11 +239,42 @@ def medians(rounds: int, *cases: tuple[str, ...]) -> dict[str, dict[str, float]]
     }
 
 
+def costs(run: dict[str, float]) -> list[str]:
+    """What larger sets cost, by the shard, from the run of 10^6."""
+    rows, lines = run["rows"], ["| | 10^6 (run) | 10^8 | 10^9 |", "|---|---:|---:|---:|"]
+    sets = (rows, 100 * rows, 1000 * rows)
+    shards = [-(-int(count) // SHARD) for count in sets]
+    lines.append(
+        "| files of rows, and records listed to resume | " + " | ".join(f"{n:,}" for n in shards) + " |"
+    )
+    titles = {"parts": "rows", "plans": "plan files", "plan": "the plan's own JSON"}
+    for name in ("parts", "plans", "records", "plan", "manifest"):
+        cells = (_size(run[name] * count / rows) for count in sets)
+        lines.append(f"| {titles.get(name, name)} | {' | '.join(cells)} |")
+    hours = (f"{run['planning_cpu_seconds'] * count / rows / 60:,.3g} min" for count in sets)
+    return [*lines, f"| listing and planning, CPU | {' | '.join(hours)} |"]
+
+
+def _size(count: float) -> str:
+    """Bytes for people.
+
+    >>> _size(3400), _size(4.53e11)
+    ('3.4 kB', '453 GB')
+    """
+    for unit in ("bytes", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.0f} GB" if count >= 10 else f"{count:.2g} GB"
+
+
 def table(report: dict[str, Any]) -> str:
     """The results in Markdown."""
     peaks = {count: report["memory"][str(count)]["peak_mib"] for count in MEMORY}
     few, many = peaks.values()
     lines = [
+        *costs(report["memory"][str(MEMORY[-1])]),
+        "",
         f"Peak memory of an encode of synthetic 32x32 images (D = {DIMS}, a trivial encoder, without torch): "
         + ", ".join(f"{count:,} images {peak:,.0f} MiB" for count, peak in peaks.items())
         + f", {100 * (many / few - 1):+.1f} %.",
@@ -262,13 +309,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--fashion-mnist", default="/usr/share/datasets/fashion-mnist")
+    parser.add_argument("--table", action="store_true", help="write the table of results that are there")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.table:
+        report = results("tables")
+        keep("tables", report, table(report))
+        return
     if options.measure:
         what, *arguments = options.measure
         print(json.dumps(MEASURES[what](*arguments)))
         return
-    report: dict[str, Any] = {**machine(), "rounds": options.rounds, "minutes": options.minutes}
+    report = {**machine(), "rounds": options.rounds, "minutes": options.minutes}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         report["memory"] = medians(1, *(("memory", str(count)) for count in MEMORY))
