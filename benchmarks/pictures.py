@@ -15,6 +15,7 @@ from table import BUILD, RESULTS, ROOT, ROWS, SHAPE, Plan, write_page
 from training import Images, keep, train_for
 
 import vae
+from flows.jobs import digest
 from flows.mixture import fit_mixture
 from vae import pixels
 from vae.compress import CodeQuality, compression_curve
@@ -231,9 +232,10 @@ def autoencoder(**fields: object) -> AutoencoderConfig:
 def trained_once(
     name: str, config: ModelConfig, train: TrainConfig, images: np.ndarray, data: str, plan: Plan
 ) -> Model:
-    """The bundle of this name, trained for the plan's minutes if it is not there yet."""
+    """The bundle of this name and these settings, trained for the plan's minutes if it is not there yet."""
     seed = plan.seeds[0]
-    folder: Path = BUILD / f"{data}-picture-{name}-seed{seed}-{plan.minutes:.2g}min"
+    settings = digest(config.to_dict(), train.to_dict())
+    folder: Path = BUILD / f"{data}-picture-{name}-{settings}-seed{seed}-{plan.minutes:.2g}min"
     if not folder.exists():
         keep(train_for(60 * plan.minutes, config, replace(train, seed=seed), images).model, folder)
     return vae.load(folder)

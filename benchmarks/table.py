@@ -194,8 +194,10 @@ def search_table() -> str:
         "| row | change | CPU seconds | images seen | score | value |",
         "| --- | --- | ---: | ---: | --- | ---: |",
     ]
+    longest = {one["row"]: one["seconds"] for one in found["candidates"]}  # they are in order of it
     for one in found["candidates"]:
-        bold = "**" if found["chosen"][one["row"]] == one["change"] else ""
+        chosen = found["chosen"][one["row"]] == one["change"] and one["seconds"] == longest[one["row"]]
+        bold = "**" if chosen else ""
         change = ", ".join(f"{name} {setting}" for name, setting in one["change"].items())
         value = "{:.2f} ± {:.2f}".format(*one["value"]) if one["value"] else "diverged"
         lines.append(
