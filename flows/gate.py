@@ -27,9 +27,15 @@ CONFIDENCE = 0.95
 
 @task(cache_policy=NO_CACHE)
 def gate(
-    root: Path, name: str, version: str, challenger: Scores, holder: Scores | None, margin: float
+    root: Path,
+    name: str,
+    version: str,
+    challenger: Scores,
+    champion: str,
+    holder: Scores | None,
+    margin: float,
 ) -> Verdict | None:
-    """Judge a version once, and promote it if it won; None if the champion is not the one it was scored with.
+    """Judge a version once, and promote it if it won; None if another is champion than the one scored.
 
     A dataset over its reject limit never comes this far: its ingest fails the run.
     """
@@ -37,11 +43,10 @@ def gate(
     logger.info("gate: judging %s version %s", name, version)
     with lock(root, f"gate-{name}"):
         moves = promotion.reconcile(root, name)
-        champion = registry.champion_uri(name)
         if (record := read_record(store, f"{version}.json")) is None:
-            if champion != (holder.model if holder else None) and champion != f"models:/{name}/{version}":
+            if champion != (registry.champion(name) or ""):
                 return None
-            verdict = judge(root, version, challenger, holder, margin)
+            verdict = judge(root, version, challenger, champion, holder, margin)
             record = put_record(store, f"{version}.json", verdict.model_dump())
         verdict = Verdict(**record)
         # A kill may have come between the record and the move; a later move must not be undone.
@@ -52,15 +57,19 @@ def gate(
 
 
 def judge(
-    root: Path, version: str, challenger: Scores, champion: Scores | None, margin: float = 0.0
+    root: Path,
+    version: str,
+    challenger: Scores,
+    champion: str = "",
+    holder: Scores | None = None,
+    margin: float = 0.0,
 ) -> Verdict:
     """Sound first, then surely better on the same images: the interval of the difference above the margin."""
-    holder = champion.model.rsplit("/", 1)[1] if champion else ""
 
     def verdict(promoted: bool, reason: str, found: Difference | None = None) -> Verdict:
         return Verdict(
             version=version,
-            champion=holder,
+            champion=champion,
             promoted=promoted,
             reason=reason,
             margin=margin,
@@ -69,16 +78,16 @@ def judge(
 
     if (fault := unsound(challenger)) is not None:
         return verdict(False, fault)
-    if champion is None:
-        return verdict(True, "the first sound version")
-    if (fault := no_contest(challenger, champion)) is not None:
+    if holder is None:
+        return verdict(True, "champion already" if champion else "the first sound version")
+    if (fault := no_contest(challenger, holder)) is not None:
         return verdict(False, f"no contest: {fault}")
     name = challenger.headline
-    difference = paired(per_image(root, challenger, name), per_image(root, champion, name))
-    if difference.low > margin:
-        return verdict(True, f"test {name} is better than version {holder}'s: {difference}", difference)
-    reason = f"test {name} is not surely better than version {holder}'s by more than {margin:g}: {difference}"
-    return verdict(False, reason, difference)
+    diff = paired(per_image(root, challenger, name), per_image(root, holder, name))
+    if diff.low > margin:
+        return verdict(True, f"test {name} is better than version {champion}'s: {diff}", diff)
+    reason = f"test {name} is not surely better than version {champion}'s by more than {margin:g}: {diff}"
+    return verdict(False, reason, diff)
 
 
 def unsound(challenger: Scores) -> str | None:

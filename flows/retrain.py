@@ -76,8 +76,9 @@ def register(config: Retrain, run: Run, trained: Trained, scores: Scores) -> str
 def contest(config: Retrain, source: str, version: str, scores: Scores) -> Verdict:
     """The gate's verdict against whoever is champion by then; a promotion meanwhile means another look."""
     while True:
-        holder = score_champion(config, source, version)
-        verdict = gate(config.root, config.model_name, version, scores, holder, config.margin)
+        champion = registry.champion(config.model_name) or ""
+        holder = score_champion(config, source, champion) if champion not in ("", version) else None
+        verdict = gate(config.root, config.model_name, version, scores, champion, holder, config.margin)
         if verdict is not None:
             return verdict
         logger.info("gate: another version became champion meanwhile: scoring that one")
@@ -107,9 +108,6 @@ def scoring(config: Retrain, model: str, source: str) -> Evaluate:
     return narrow(Evaluate, config, model=model, source=source, limit=None)
 
 
-def score_champion(config: Retrain, source: str, version: str) -> Scores | None:
-    """The reigning champion's scores on the challenger's images; None where there is no other."""
-    champion = registry.champion_uri(config.model_name)
-    if champion is None or champion.endswith(f"/{version}"):
-        return None
-    return evaluate(scoring(config, champion, source))
+def score_champion(config: Retrain, source: str, champion: str) -> Scores:
+    """The reigning champion's scores on the challenger's images."""
+    return evaluate(scoring(config, f"models:/{config.model_name}/{champion}", source))

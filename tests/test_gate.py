@@ -65,7 +65,7 @@ def commit(root: Path, found: Scores, gain: float, spread: float) -> Scores:
 def test_unsound_and_no_contest(
     tmp_path: Path, challenger: Scores, champion: Scores | None, promoted: bool, reason: str
 ) -> None:
-    verdict = judge(tmp_path, "8", challenger, champion)
+    verdict = judge(tmp_path, "8", challenger, "7" if champion else "", champion)
     assert verdict.promoted is promoted
     assert reason in verdict.reason
 
@@ -83,7 +83,7 @@ def test_unsound_and_no_contest(
 def test_wins_only_surely(tmp_path: Path, gain: float, spread: float, margin: float, promoted: bool) -> None:
     champion = commit(tmp_path, scores(-90.0, job="old"), 0.0, 0.0)
     challenger = commit(tmp_path, scores(-89.0, job="new"), gain, spread)
-    verdict = judge(tmp_path, "8", challenger, champion, margin)
+    verdict = judge(tmp_path, "8", challenger, "7", champion, margin)
     assert verdict.promoted is promoted, verdict.reason
     assert verdict.champion == "7"
     assert verdict.difference is not None
