@@ -164,6 +164,13 @@ class Manifest:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+class Part(NamedTuple):
+    """Where one of several processes that share a job begins: with part `number` (from 0) `of` so many."""
+
+    number: int
+    of: int
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a job is, counted in the source's rows."""
@@ -245,17 +252,26 @@ def run_shards(
     *,
     max_reject_share: float,
     progress: Callable[[Progress], None] | None = None,
+    part: Part | None = None,
 ) -> None:
     """Work on the plan's shards until each has its record, here; other processes may do so too.
 
     Raises TooManyRejectsError as soon as the records together go over the share.
     """
-    tally = _Tally(plan, max_reject_share)
-    while pending := plan.pending():
+    tally = Tally(plan, max_reject_share)
+    while pending := in_turn(plan, part):
         tally.check(progress)
-        shard = random.choice(pending)  # so that processes that share a job seldom meet on one shard
-        work_shard(plan, shard, make, source)
+        work_shard(plan, pending[0], make, source)
     tally.check(progress)
+
+
+def in_turn(plan: Plan, part: Part | None = None) -> list[Shard]:
+    """Pending shards at random, so that processes that share a job seldom meet on one; a part's own first."""
+    pending = plan.pending()
+    random.shuffle(pending)
+    if part is not None:
+        pending.sort(key=lambda shard: shard.index * part.of // len(plan.shards) != part.number)
+    return pending
 
 
 def work_shard(plan: Plan, shard: Shard, make: Callable[[pa.Table], Made], source: str) -> Record:
@@ -397,7 +413,7 @@ def as_text(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
     return column.cast(pa.string())
 
 
-class _Tally:
+class Tally:
     """Counts the records of a plan as they come, and fails over the allowed share of rejects."""
 
     def __init__(self, plan: Plan, max_reject_share: float):

@@ -27,6 +27,7 @@ from data.batches import Batch, stream
 from data.commit import (
     Made,
     Manifest,
+    Part,
     Plan,
     Progress,
     Shard,
@@ -35,6 +36,7 @@ from data.commit import (
     put_manifest,
     read_file,
     read_manifest,
+    read_plan,
     run_shards,
     work_shard,
 )
@@ -42,7 +44,7 @@ from data.duplicates import count_duplicates
 from data.heap import keep_freed_memory
 from data.images import LIMITS, DecodePath, Limits
 from data.sources import LISTED, Limited, Source, assign_splits, listed
-from data.store import Store, open_store
+from data.store import Store, open_store, unseal
 
 SCHEMA_VERSION = 1
 SHARD_ROWS = 65_536
@@ -214,6 +216,23 @@ def plan_encode(
     return EncodeJob(source, decode, columns, plan, about, batch_size, limits)
 
 
+def join_encode(table: Store, number: int, source: Source, batch_size: int = 256) -> EncodeJob:
+    """The encode that another process planned as snapshot `number` of a table, to work on its shards.
+
+    All but the source is in the table's own record; nothing is listed.
+    """
+    about = unseal(table.get("_table.json"), table.uri("_table.json"))
+    job = about["job"]
+    if source.uri != job["source"]:
+        raise ValueError(f"{table.url} is a table of {job['source']}, not of {source.uri}")
+    levels = tuple(tuple(level) for level in job["columns"]["levels"])
+    dimensions = tuple(job["columns"]["dimensions"])
+    columns = LatentColumns(**{**job["columns"], "levels": levels, "dimensions": dimensions})
+    decode = DecodePath.from_dict(about["lineage"]["decode"])
+    plan = read_plan(table, number)
+    return EncodeJob(source, decode, columns, plan, about, batch_size, Limits(**job["limits"]))
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What an encode of all of a source would write; bytes before compression."""
@@ -254,6 +273,7 @@ def encode_table(
     *,
     max_reject_share: float = 0.01,
     progress: Callable[[Progress], None] | None = None,
+    part: Part | None = None,
 ) -> TableResult:
     """Encode what a planned job still lacks, commit it and return the table.
 
@@ -269,6 +289,7 @@ def encode_table(
         job.source.uri,
         max_reject_share=max_reject_share,
         progress=progress,
+        part=part,
     )
     return finish_encode(job, shards_done_before=before, changed=not complete)
 

@@ -37,6 +37,7 @@ COMMANDS = {
     "follow": ("Follow", "bring the tables that follow a champion up to date"),
     "lineage": ("Lineage", "what a table, model or dataset was made of, and what was made of it"),
     "pull": ("Pull", "a model's bundle from the registry to a folder"),
+    "export": ("Export", "a model as torch.export programs and ONNX, to a folder"),
     "tables": ("Tables", "list, show, verify and sweep tables"),
 }
 

@@ -28,7 +28,8 @@ from flows.config import (
 )
 from flows.environment import make_root, prepare
 
-TOOLS = {"pull", "lineage", "reconstruct", "interpolate", "edit", "tables"}  # commands that are no flow
+# Commands that are no flow.
+TOOLS = {"pull", "export", "lineage", "reconstruct", "interpolate", "edit", "tables"}
 INTERRUPTED, TERMINATED = 130, 143  # a shell's exit codes for SIGINT and SIGTERM
 
 

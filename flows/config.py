@@ -193,6 +193,12 @@ class Pull(Command):
     directory: Path = Field(description="a new folder for the bundle", json_schema_extra=ARGUMENT)
 
 
+class Export(Pull):
+    """Write a model's encoder and decoder as graphs that need no code of ours."""
+
+    onnx: bool = Field(True, description="ONNX beside torch's .pt2; needs the extra vae-flows[onnx]")
+
+
 class Registered(Command):
     """What every command takes that moves a registered model's champion alias."""
 
@@ -263,12 +269,27 @@ class Encode(Output, Images, WithModel):
     """Encode every image of a source into a latent table."""
 
     scores: bool = Field(False, description="also store log_likelihood and elbo of each image")
+    runner: str = Field(
+        "here", description="who works: here, processes:N, ray (RAY_ADDRESS) or ray://HOST:PORT"
+    )
+    shard: str = Field("", description="I/N: begin with the I-th of N parts; others may run the same command")
+    shard_rows: int = Field(
+        65_536, ge=1, description="images of a shard: the unit of work, and a file's rows"
+    )
     follow: bool = Field(False, description="from now on, encode again whenever the champion changes")
     min_kl: float | None = Field(
         None,
         ge=0,
         description="keep only the dimensions whose mean KL on validation images is above, in nats",
     )
+
+    @model_validator(mode="after")
+    def _is_shared_well(self) -> Self:
+        from flows import runners
+
+        runners.parse(self.runner)
+        runners.parse_part(self.shard)
+        return self
 
     @model_validator(mode="after")
     def _follows_an_alias(self) -> Self:

@@ -5,31 +5,30 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from functools import cache as cached
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from data.batches import stream
+from data.commit import Progress
 from data.images import DecodePath
 from data.sources import limited
 from data.store import open_store
-from data.tables import SHARD_ROWS, EncodeJob, LatentColumns, encode_table, plan_encode
+from data.tables import EncodeJob, LatentColumns, TableResult, encode_table, plan_encode
 from flows.config import Encode
-from flows.devices import pick_device
 from flows.followers import subscribe
 from flows.ingest import open_images
 from flows.lineage import remember_table
 from flows.progress import progress
 from flows.registry import Located, locate
 from flows.results import Table, told
+from flows.runners import Order, batch_encoder, encode_elsewhere, load_encoder, parse_part
 from flows.tracking import tracked
-
-if TYPE_CHECKING:
-    from vae.encode import Encoder
 
 logger = logging.getLogger("vae_flows.encode")
 MEASURED_BATCHES = 8  # that an estimate of the time is made on
@@ -58,38 +57,42 @@ def encode_images(config: Encode, model: Located) -> Table:
     """Plan, then read, decode, encode and commit shard after shard."""
     started = time.monotonic()
     job = plan(config, model)
-    logger.info("encode: %d images in %d shards", job.plan.rows, len(job.plan.shards))
-    encoder = cached(lambda: load_encoder(config, model))  # a complete table needs none
-
-    def encode_batch(images: np.ndarray, ids: list[str]) -> dict[str, np.ndarray]:
-        latents = encoder().encode(images, ids, scores=config.scores, seed=config.seed)
-        return kept(vars(latents), job.columns)
-
+    logger.info("encode: %d images in %d shards, %s", job.plan.rows, len(job.plan.shards), config.runner)
     with progress("encode") as advance:
-        result = encode_table(
+        result = work(
+            config,
+            model,
             job,
-            encode_batch,
-            max_reject_share=config.max_reject_share,
-            progress=lambda at: advance(at.rows_done, at.rows, f"images, {at.rejected} rejected"),
+            lambda at: advance(at.rows_done, at.rows, f"images, {at.rejected} rejected"),
         )
     return Table.of(result, time.monotonic() - started, model.uri)
 
 
-def kept(latents: dict[str, np.ndarray | None], columns: LatentColumns) -> dict[str, np.ndarray]:
-    """What the table takes of a batch's latents: what there is, of the dimensions that it holds."""
-    found = {name: value for name, value in latents.items() if value is not None}
-    if columns.dimensions:
-        dimensions = list(columns.dimensions)
-        found |= {name: found[name][:, dimensions] for name in ("mu", "logvar") if name in found}
-    return found
+def work(config: Encode, model: Located, job: EncodeJob, tell: Callable[[Progress], None]) -> TableResult:
+    """Work on the shards where the configuration says, beside whoever else does."""
+    order = order_of(config, model, job)
+    part, share = parse_part(config.shard), config.max_reject_share
+    if config.runner != "here":
+        return encode_elsewhere(job, order, config.runner, max_reject_share=share, progress=tell, part=part)
+    encoder = cached(lambda: batch_encoder(load_encoder(order.bundle, order.device), order, job.columns))
+    return encode_table(  # a complete table needs no encoder
+        job, lambda images, ids: encoder()(images, ids), max_reject_share=share, progress=tell, part=part
+    )
 
 
-def load_encoder(config: Encode, model: Located) -> Encoder:
-    """The model on its device, ready to encode."""
-    import vae
-    from vae.encode import Encoder
-
-    return Encoder(vae.load(model.folder), pick_device(config.device))
+def order_of(config: Encode, model: Located, job: EncodeJob) -> Order:
+    """What a worker needs to know of a planned encode."""
+    return Order(
+        table=job.plan.store.url,
+        number=job.plan.number,
+        source=config.source,
+        limit=config.limit,
+        downloads=config.root.resolve() / "torchvision",
+        bundle=model.files(),
+        device=config.device,
+        scores=config.scores,
+        seed=config.seed,
+    )
 
 
 def plan(config: Encode, model: Located) -> EncodeJob:
@@ -106,6 +109,7 @@ def plan(config: Encode, model: Located) -> EncodeJob:
         name=model.name or source.name,
         weights_sha256=facts["weights"],
         lineage={"model": model.uri, "dataset": facts["extra"]["dataset"], **chosen},
+        shard_rows=config.shard_rows,
     )
 
 
@@ -156,7 +160,7 @@ def per_level(dimensions: tuple[int, ...], levels: tuple[tuple[int, ...], ...]) 
 def estimate(config: Encode) -> dict[str, Any]:
     """What an encode would do: shards, bytes and seconds, the time measured on the first images."""
     model = locate(config.model)
-    facts, encoder = model.facts(), load_encoder(config, model)
+    facts, encoder = model.facts(), load_encoder(model.files(), config.device)
     source = limited(open_images(config), config.limit)
     rows = sum(batch.num_rows for batch in source.listing())
     started, measured = time.monotonic(), 0
@@ -166,7 +170,7 @@ def estimate(config: Encode) -> dict[str, Any]:
     seconds = (time.monotonic() - started) * rows / max(measured, 1)
     fields = columns(facts, config.scores, config.min_kl).fields()
     width = OTHER_BYTES + sum((size or 1) * np.dtype(dtype).itemsize for _, size, dtype in fields)
-    shards = math.ceil(rows / SHARD_ROWS)
+    shards = math.ceil(rows / config.shard_rows)
     return {"images": rows, "shards": shards, "bytes": rows * width, "seconds": round(seconds, 1)}
 
 

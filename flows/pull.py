@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from pathlib import Path
 
 from flows.config import Pull
 from flows.registry import locate
@@ -13,15 +15,25 @@ def pull(config: Pull) -> Pulled:
     """Copy the bundle whole: the folder appears when everything in it is right."""
     from vae.bundle import from_files
 
-    if config.directory.exists():
-        raise ValueError(f"{str(config.directory)!r} exists already: give a new folder")
+    refuse_existing(config.directory)
     found = locate(config.model)
     files = found.files()
     from_files(files)
-    partial = config.directory.with_name(f".{config.directory.name}.partial")
+    write_folder(config.directory, files)
+    return Pulled(model=found.uri, bundle=config.directory, changed=True)
+
+
+def refuse_existing(directory: Path) -> None:
+    """A folder is written once, whole."""
+    if directory.exists():
+        raise ValueError(f"{str(directory)!r} exists already: give a new folder")
+
+
+def write_folder(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Files by name, in a folder that appears with all of them."""
+    partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name, content in files.items():
         (partial / name).write_bytes(content)
-    partial.replace(config.directory)
-    return Pulled(model=found.uri, bundle=config.directory, changed=True)
+    partial.replace(directory)

@@ -151,10 +151,13 @@ def _log_model(run: Run, bundle: Path) -> str:
 
 
 def _signature(bundle: Path) -> tuple[Any, Any]:
-    """Images uint8 (-1, C, H, W) in, posterior means float32 (-1, D) out; an example of two images."""
+    """Images uint8 (-1, C, H, W) in, posterior means float32 (-1, D) out; an example of two images.
+
+    The params are those of `flows.pyfunc_model`; MLflow refuses any that are not in the signature.
+    """
     import numpy as np
     from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
     import vae
 
@@ -162,7 +165,8 @@ def _signature(bundle: Path) -> tuple[Any, Any]:
     shape = model.config.image_shape
     inputs = Schema([TensorSpec(np.dtype("uint8"), (-1, *shape))])
     outputs = Schema([TensorSpec(np.dtype("float32"), (-1, model.latent_dim))])
-    return ModelSignature(inputs, outputs), np.zeros((2, *shape), np.uint8)
+    params = ParamSchema([ParamSpec("output", "string", "mean"), ParamSpec("seed", "long", 0)])
+    return ModelSignature(inputs, outputs, params), np.zeros((2, *shape), np.uint8)
 
 
 def _requirements() -> list[str]:

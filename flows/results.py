@@ -316,6 +316,18 @@ class Pulled(Result):
         return f"{self.model} is in {self.bundle}\n  vae.load({str(self.bundle)!r})"
 
 
+class Exported(Result):
+    """Graphs of a model, and how far each is from it: the largest |a - b| / (1 + |b|)."""
+
+    model: str
+    directory: Path
+    deviations: dict[str, float]
+
+    def summary(self) -> str:
+        lines = [f"  {file:<13} off by {worst:.1e} at most" for file, worst in self.deviations.items()]
+        return "\n".join([f"{self.model} is in {self.directory}", *lines])
+
+
 class Drawn(Result):
     """A picture made with a model, and on request the table of what it shows."""
 

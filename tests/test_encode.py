@@ -63,6 +63,17 @@ def test_scores_are_those_of_evaluation(config: ModelConfig) -> None:
     np.testing.assert_allclose(latents.elbo, latents.log_likelihood - latents.kl, rtol=1e-6)
 
 
+def test_a_draw_from_the_posterior_is_that_of_the_scores() -> None:
+    model = build(LadderConfig(height=8, width=11, channels=3, hidden=(8, 16)))
+    encoder = Encoder(model)
+    z = torch.from_numpy(encoder.sample(IMAGES, IDS, seed=3))
+    scores = encoder.encode(IMAGES, IDS, scores=True, seed=3)
+    log_likelihood = model.decode(z).log_prob(torch.from_numpy(IMAGES)).detach()
+    np.testing.assert_allclose(log_likelihood, scores.log_likelihood, rtol=1e-5)
+    with pytest.raises(ValueError, match="no posterior"):
+        Encoder(build(CONFIGS[3])).sample(IMAGES, IDS)
+
+
 def test_shapes_without_scores() -> None:
     latents = Encoder(build(CONFIGS[0])).encode(IMAGES, IDS)
     assert latents.mu.shape == (20, 3)

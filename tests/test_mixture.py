@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from flows.config import Sample
-from flows.encode import columns, kept
+from flows.encode import columns
 from flows.mixture import fit_mixture
+from flows.runners import kept
 
 LADDER = {"levels": [[2, 1, 1], [1, 2, 2]], "extra": {"generative": True}}
 FLAT = {"levels": [[3]], "extra": {"generative": True, "kl_per_dim": [0.0, 2.0, 0.02]}}

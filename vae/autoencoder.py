@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from vae.config import AutoencoderConfig
@@ -47,7 +48,7 @@ class Autoencoder(Model):
 
     def infer(self, x: Tensor, noise: Tensor | None) -> Inference:
         code = self.code_head(self.encoder(unit(x, self.dtype)))
-        zero = code.new_zeros(len(code), 1)
+        zero = torch.zeros_like(code[:, :1])
         return Inference(code, None, code, None, None, zero, None, lambda: self.decode(code))
 
     def decode(self, z: Tensor) -> Likelihood:

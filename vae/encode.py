@@ -55,14 +55,31 @@ class Encoder:
             ValueError: images that do not fit the model.
         """
         model = self.model
-        pixels.check(model.config, images)
-        draws = IdDraws(seed, ids, model.device)
-        x = pixels.binarize(pixels.tensor(images).to(model.device), model.config.binarize, draws)
+        x, draws = self._seen(images, ids, seed)
         at_mean = model.infer(x, None)
         scored = at_mean
         if model.generative and (scores or not model.kl_in_closed_form):
             scored = model.infer(x, draws.normal("posterior", model.latent_dim))
         return _latents(at_mean, scored, x if scores else None, model.generative)
+
+    @torch.inference_mode()
+    def sample(self, images: np.ndarray, ids: Sequence[str | int], *, seed: int = 0) -> np.ndarray:
+        """One draw z ~ q(z|x) an image, float32 (B, D): the draw that the scores are of.
+
+        Raises:
+            ValueError: images that do not fit the model, or a model without a posterior to draw from.
+        """
+        if not self.model.generative:
+            raise ValueError("an autoencoder has codes and no posterior: there is nothing to draw from")
+        x, draws = self._seen(images, ids, seed)
+        return _array(self.model.infer(x, draws.normal("posterior", self.model.latent_dim)).z)
+
+    def _seen(self, images: np.ndarray, ids: Sequence[str | int], seed: int) -> tuple[Tensor, IdDraws]:
+        """What the encoder sees of checked images, and their draws."""
+        pixels.check(self.model.config, images)
+        draws = IdDraws(seed, ids, self.model.device)
+        x = pixels.tensor(images).to(self.model.device)
+        return pixels.binarize(x, self.model.config.binarize, draws), draws
 
 
 def _latents(at_mean: Inference, scored: Inference, x: Tensor | None, generative: bool) -> Latents:

@@ -228,7 +228,7 @@ class LadderVAE(Model):
             found.append((*q, z, gaussian.log_prob(z, *p), gaussian.log_prob(z, *q), gaussian.kl(*q, *p)))
             return z
 
-        h = self.top_down(len(features[0]), posterior)
+        h = self.top_down(features[0].shape[0], posterior)  # not len(), which would freeze an exported batch
         mean, logvar, z, log_prior, log_posterior, kl = zip(*found, strict=True)
         return Inference(
             mean=join(mean),
@@ -243,7 +243,7 @@ class LadderVAE(Model):
 
     def decode(self, z: Tensor) -> Likelihood:
         levels = iter(self.split(z.to(self.dtype)))
-        h = self.top_down(len(z), lambda level, h: next(levels))
+        h = self.top_down(z.shape[0], lambda level, h: next(levels))
         return self.likelihood(self.top_down.image(h))
 
     def prior_sample(self, noise: Tensor, temperature: float | Sequence[float] = 1.0) -> Tensor:

@@ -253,7 +253,9 @@ def clipped_logistic_mean(mean: Tensor, log_scale: Tensor) -> Tensor:
     low, high, span = mean / scale, (mean - WHITE) / scale, WHITE / scale
     difference = F.softplus(low) - F.softplus(high)
     cancelling = torch.log1p(torch.sigmoid(high) * torch.expm1(span.clamp(max=1.0)))  # the same, if span <= 1
-    return (scale * torch.where(span < 1, cancelling, difference)).clamp(0, WHITE)  # but for rounding, inside
+    return (scale * torch.where(span < 1, cancelling, difference)).clamp(
+        0.0, WHITE
+    )  # but for rounding, inside
 
 
 class DiscretizedLogistic(Likelihood):
