@@ -5,6 +5,7 @@ The flows run in this process, on one local Prefect server and one MLflow store,
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,19 @@ from sklearn.datasets import load_digits
 
 from data.tables import read_latents
 from flows import cli, promotion, registry
-from flows.config import Encode, Follow, Lineage, Promote, Retrain, Rollback
+from flows.config import Drift, Encode, Follow, Lineage, Promote, Retrain, Rollback
+from flows.drift import drift
 from flows.encode import encode
 from flows.follow import follow
 from flows.lineage import lineage
 from flows.promote import promote
-from flows.results import Retrained, Table
+from flows.results import Drifted, Retrained, Table
 from flows.retrain import retrain
 from flows.rollback import rollback
 
 NAME = "vae-month"
-DIGITS = np.rint(load_digits().images * 255 / 16).astype(np.uint8)
+# Shuffled, for they come ordered by who wrote them, which is a drift of its own.
+DIGITS = np.random.default_rng(0).permutation(np.rint(load_digits().images * 255 / 16).astype(np.uint8))
 
 
 class Month:
@@ -55,6 +58,10 @@ class Month:
         """The incremental encode, into tables of its own beside those of the retrain."""
         champion = f"models:/{NAME}@champion"
         return encode(Encode(root=self.root, model=champion, source=self.source, follow=True))
+
+    def drift(self) -> Drifted:
+        """The arrived images against those of the champion's own snapshot."""
+        return drift(Drift(root=self.root, model=f"models:/{NAME}@champion", source=self.source))
 
     def champion(self) -> str:
         """By MLflow's own client."""
@@ -88,6 +95,21 @@ def flow_runs(name: str) -> list[str]:
     return [run.state_name or "" for run in runs]
 
 
+def events_of(resource: str) -> set[str]:
+    """The events of a resource that Prefect's server keeps."""
+    from prefect.events.filters import EventFilter, EventResourceFilter
+
+    wanted = EventFilter(resource=EventResourceFilter(id=[resource]))
+    found: set[str] = set()
+    for _ in range(30):  # they are sent and kept by threads of their own
+        with get_client(sync_client=True) as client:
+            found = {event.event for event in client.read_events(wanted, limit=50).events}
+        if len(found) == 2:
+            break
+        time.sleep(1)
+    return found
+
+
 def test_a_month(month: Month) -> None:
     # Day 1: the first half trains, the first sound version is champion, its latents are there.
     month.arrive(0, 600)
@@ -119,8 +141,15 @@ def test_a_month(month: Month) -> None:
     for id, row in zip(ids, latents, strict=True):
         np.testing.assert_array_equal(row, before.get(id, row))
 
-    # Day 4: turned images; the retrain on all of them makes a version that is surely better on them.
+    # They are like those the model knows.
+    assert not month.drift().drift
+
+    # Day 4: turned images raise the alarm, an event that a deployment may wait for; the retrain on all
+    # images makes a version that is surely better on them.
     month.arrive(700, 1400, turned=90)
+    drifted = month.drift()
+    assert drifted.drift, drifted.reason
+    assert events_of(f"vae.model.{NAME}") >= {"vae.model.promoted", "vae.drift.detected"}
     second = month.retrain()
     assert second.verdict.promoted, second.verdict.reason
     assert second.verdict.difference is not None
