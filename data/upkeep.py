@@ -136,6 +136,19 @@ def gc(uri: str, *, remove: bool = True) -> Swept:
     return Swept(tuple(entry.path for entry in swept), sum(entry.size for entry in swept))
 
 
+def drop(uri: str) -> None:
+    """Remove a whole table: its manifests first, so that nobody takes what is left for complete.
+
+    Killed on the way, the same call removes the rest. ValueError where there is no table.
+    """
+    store = open_store(uri).check()
+    if not store.exists("_table.json"):
+        raise ValueError(f"no table at {uri}: check the path")
+    rank = {"_manifest.json": 0, "_table.json": 2}
+    for entry in sorted(store.entries(), key=lambda entry: rank.get(entry.path.rsplit("/", 1)[-1], 1)):
+        store.delete(entry.path)
+
+
 def _tables(store: Store, depth: int) -> Iterator[Store]:
     if store.exists("_table.json"):
         yield store

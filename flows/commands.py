@@ -15,6 +15,8 @@ from typing import Any
 
 from data.sources import open_source
 from flows.config import (
+    Bootstrap,
+    Clean,
     Command,
     Encode,
     Images,
@@ -22,6 +24,7 @@ from flows.config import (
     Promote,
     Pull,
     Rollback,
+    Serve,
     Tables,
     Train,
     WithModel,
@@ -29,13 +32,16 @@ from flows.config import (
 from flows.environment import make_root, prepare
 
 # Commands that are no flow.
-TOOLS = {"pull", "export", "lineage", "reconstruct", "interpolate", "edit", "tables"}
+DRAWING = {"reconstruct", "interpolate", "edit"}
+KEEPING = {"serve", "bootstrap", "clean", "doctor"}
+TOOLS = {"pull", "export", "lineage", "tables", *DRAWING, *KEEPING}
 INTERRUPTED, TERMINATED = 130, 143  # a shell's exit codes for SIGINT and SIGTERM
 
 
 def run(command: str, config: Command, *, as_json: bool) -> int:
     """Run the command's flow and print its result; the exit code. ValueErrors before any work are raised."""
-    prepare(config.root)
+    # What a served run logs goes to Prefect's server too; other commands say themselves what happens.
+    prepare(config.root, log_level="INFO" if isinstance(config, Serve) else "CRITICAL")
     check(config)
     if not isinstance(config, Tables):  # which are wherever they are, and may be read only
         make_root(config.root)
@@ -52,7 +58,7 @@ def run(command: str, config: Command, *, as_json: bool) -> int:
             traceback.print_exc()  # an error of ours or of the machine: whoever looks into it wants all of it
         return _say(f"{command} failed: {' '.join(str(error).split()) or type(error).__name__}", 1)
     print(json.dumps(result.model_dump(mode="json"), indent=2) if as_json else result.summary())
-    return 0
+    return int(result.exit_code)
 
 
 def dry_run(command: str, config: Command, *, as_json: bool) -> int:
@@ -68,6 +74,10 @@ def dry_run(command: str, config: Command, *, as_json: bool) -> int:
         from data.upkeep import gc
 
         values["would_remove"] = list(gc(config.table, remove=False).paths)
+    if isinstance(config, Clean):
+        from flows.clean import plan
+
+        values["removes"] = plan(config).told()
     print(json.dumps(values, indent=2) if as_json else to_toml(values))
     return 0
 
@@ -92,6 +102,19 @@ def check(config: Command) -> None:
 
         promotion.check(config)
 
+    _check_upkeep(config)
+
+
+def _check_upkeep(config: Command) -> None:
+    if isinstance(config, Bootstrap):
+        _check_server()
+    if isinstance(config, Clean):
+        _check_registry(config)
+    if isinstance(config, Serve):
+        from flows.deployments import check_schedules
+
+        check_schedules(config)
+
 
 def _check_table(config: Tables) -> None:
     from data.store import open_store
@@ -112,11 +135,20 @@ def _check_model(config: WithModel | Pull) -> None:
     locate(config.model)
 
 
-def _check_registry(config: Command, model: str) -> None:
+def _check_registry(config: Command, model: str = "") -> None:
+    """Looking into a registry that is not there yet would create it."""
     database = os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")
     elsewhere = "MLFLOW_REGISTRY_URI" in os.environ or "://" in database
-    if not elsewhere and not os.path.exists(database):  # looking would create it
-        raise ValueError(f"no model {model!r}: there is no registry under root {str(config.root)!r} yet")
+    if not elsewhere and not os.path.exists(database):
+        wanted = f"no model {model!r}: " if model else ""
+        raise ValueError(f"{wanted}there is no registry under root {str(config.root)!r} yet")
+
+
+def _check_server() -> None:
+    from prefect.settings import get_current_settings
+
+    if not get_current_settings().api.url:
+        raise ValueError("no Prefect server to set up: set PREFECT_API_URL")
 
 
 def _check_root(config: Command) -> None:

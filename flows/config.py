@@ -117,7 +117,8 @@ class Train(Ingest):
     preset: str = Field("", description=f"{', '.join(PRESETS)}; by default digits for digits, else textbook")
     model_name: str = Field("", description="name in the MLflow registry; by default vae-<source>")
     device: Device = Field("auto", description="auto: the GPU when there is one")
-    model: ModelSettings
+    # Always filled in from the preset, so a form or a program may leave it out.
+    model: ModelSettings = Field(default_factory=lambda: Config())
     training: vae.config.TrainConfig = vae.config.TrainConfig()
 
     @model_validator(mode="before")
@@ -168,6 +169,39 @@ class Retrain(Train, Scoring, Drawing, Output):
     """Ingest, train, evaluate, register, gate, then encode and sample with the champion."""
 
     margin: float = Field(0.0, ge=0, description="nats an image by which a new champion must win, at least")
+
+
+class Serve(Retrain):
+    """Retrain, and encode with the champion, on a schedule and on events, until stopped."""
+
+    retrain_cron: str = Field("0 3 * * *", description="when to retrain; '' for events alone")
+    encode_cron: str = Field("0 * * * *", description="when to encode what is new; '' for events alone")
+    timezone: str = Field("UTC", description="of the schedules")
+    write: Path | None = Field(None, description="only write the deployments, as this prefect.yaml")
+
+
+class Bootstrap(Command):
+    """Set up a Prefect server: the limit on GPUs, the automation for zombies, notifications."""
+
+    gpus: int = Field(1, ge=1, description="tasks that may use a GPU at once")
+    zombie_seconds: int = Field(
+        120, ge=60, description="seconds without heartbeat after which a run is marked Crashed"
+    )
+    notify: str = Field("", description="TYPE/NAME of a block that is told of failure, promotion and drift")
+
+
+class Reconcile(Command):
+    """Close what a kill has left open: MLflow runs whose Prefect run is over, promotions half-done."""
+
+
+class Clean(Command):
+    """Remove what has served: checkpoints of finished jobs, old challengers with their jobs and tables."""
+
+    keep: int = Field(5, ge=1, description="newest versions, and last champions, that each model keeps")
+
+
+class Doctor(Command):
+    """Check devices, servers, credentials and versions, and say what to do."""
 
 
 class WithModel(Command):

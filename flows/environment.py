@@ -6,6 +6,7 @@ set is kept: only what is unset falls back to local files under the root, with n
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -13,28 +14,35 @@ QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # Our own log lines tell what happens, and a command prints its own error.
-    "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_EXTRA_LOGGERS": "vae_flows",
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "GIT_PYTHON_REFRESH": "quiet",
+    # Without a heartbeat nobody notices that a run was killed with all of its process.
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     # Threads that wait by spinning make two of them ten times slower than one on a busy machine.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 
-def prepare(root: Path) -> None:
-    """Set what is unset: quiet libraries, MLflow and Prefect on SQLite files under `root`."""
+def prepare(root: Path, log_level: str = "CRITICAL") -> None:
+    """Set what is unset: quiet libraries, MLflow and Prefect on SQLite files under `root`.
+
+    `log_level` is Prefect's own: by default a command's own log lines tell what happens, and its error.
+    """
     root = root.resolve()
     local = {
         "MLFLOW_TRACKING_URI": f"sqlite:///{root}/mlflow.db",
         "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{root}/prefect/prefect.db",
         # Two commands on one root share one SQLite file: wait for the other's lock rather than fail.
         "PREFECT_API_DATABASE_TIMEOUT": "120",
+        "PREFECT_LOGGING_LEVEL": log_level,
     }
     for name, value in {**QUIET, **local}.items():
         os.environ.setdefault(name, value)
+    # Where a worker runs a flow, nobody but Prefect handles its log, and Prefect sets no level.
+    logging.getLogger("vae_flows").setLevel(logging.INFO)
 
 
 def make_root(root: Path) -> None:

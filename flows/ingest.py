@@ -12,6 +12,7 @@ from data.snapshot import open_snapshot
 from data.sources import Source, limited, open_source
 from data.store import open_store
 from flows.config import Images, Ingest
+from flows.events import DATASET_UPDATED, emit
 from flows.progress import progress
 from flows.results import Ingested, told
 from flows.tracking import Run, tracked
@@ -37,6 +38,13 @@ def ingest(config: Ingest) -> Ingested:
             logger.warning("ingest: %s", told(ingested))
         if run.wants(ingested):
             _log(run, ingested)
+            emit(
+                DATASET_UPDATED,
+                f"vae.dataset.{ingested.name}",
+                by=run.command,
+                snapshot=ingested.snapshot,
+                rows=ingested.rows,
+            )
         return run.sign(ingested)
 
 

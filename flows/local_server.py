@@ -20,27 +20,30 @@ STARTUP_SECONDS = 300  # the first start creates the database: 10 s of CPU time,
 
 
 @contextmanager
-def prefect_api() -> Iterator[None]:
-    """Give the block a Prefect API: the user's where one is configured, else a local one."""
+def prefect_api(*, services: bool = False) -> Iterator[None]:
+    """Give the block a Prefect API: the user's where one is configured, else a local one.
+
+    With `services` the local one also starts what is scheduled, which no single command needs.
+    """
     import prefect.settings as settings
 
     if settings.get_current_settings().api.url:
         yield
         return
-    with local_server() as url:
+    with local_server(services=services) as url:
         # Its log is on the terminal: sent to the server too, the last lines would meet it gone.
-        local = {settings.PREFECT_API_URL: url, settings.PREFECT_LOGGING_TO_API_ENABLED: False}
+        local = {settings.PREFECT_API_URL: url, settings.PREFECT_LOGGING_TO_API_ENABLED: services}
         with settings.temporary_settings(local):
             yield
 
 
 @contextmanager
-def local_server() -> Iterator[str]:
-    """A Prefect API on a free loopback port; its URL."""
+def local_server(*, services: bool = False) -> Iterator[str]:
+    """A Prefect API on a free loopback port; its URL. With `services` its scheduler and its kin run too."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         fd = listener.fileno()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
-        command = [sys.executable, "-m", "flows.local_server", str(fd)]
+        command = [sys.executable, "-m", "flows.local_server", str(fd), *(["services"] if services else [])]
         server = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[fd], start_new_session=True)
     try:
         _wait_until_healthy(server, url)
@@ -69,12 +72,12 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _serve(fd: int) -> None:
+def _serve(fd: int, *, services: bool) -> None:
     """Run Prefect's application on an inherited socket until standard input closes."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ.update(
-        {"PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"}
-    )
+    os.environ.update({"PREFECT__SERVER_FINAL": "1", "PREFECT_UI_ENABLED": "0"})
+    if not services:
+        os.environ["PREFECT__SERVER_EPHEMERAL"] = "1"
     import uvicorn
 
     application = "prefect.server.api.server:create_app"
@@ -83,4 +86,4 @@ def _serve(fd: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _serve(int(sys.argv[1]), services="services" in sys.argv[2:])

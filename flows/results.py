@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +18,11 @@ class Result(BaseModel):
 
     run_id: str | None = None
     changed: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell gets to see."""
+        return 0
 
     def summary(self) -> str:
         """A few lines for a person."""
@@ -304,6 +309,78 @@ class Drifted(Result):
         sides += f"  {self.reference_rows:,} images of {self.reference}"
         table = [f"  pandas.read_parquet({self.table!r})"] if self.table else []
         return _state(self) + "\n".join([title, sides, *table])
+
+
+class Served(Result):
+    """The end of serving, or the file that the deployments were written to."""
+
+    written: Path | None = None
+
+    def summary(self) -> str:
+        return f"deployments in {self.written}: prefect deploy --all" if self.written else "served until now"
+
+
+class Bootstrapped(Result):
+    """What a Prefect server has been set up with."""
+
+    gpus: int
+    automations: list[str]
+
+    def summary(self) -> str:
+        return "\n".join([f"limit gpu: {self.gpus}", *(f"automation {name}" for name in self.automations)])
+
+
+class Reconciled(Result):
+    """MLflow runs that were closed, with the status each got; tables encoded after a promotion, by model."""
+
+    closed: dict[str, str]
+    models: dict[str, int]
+
+    def summary(self) -> str:
+        runs = [f"MLflow run {run} is {status}" for run, status in self.closed.items()]
+        models = [f"{name}: alias and history agree, {n} tables encoded" for name, n in self.models.items()]
+        return _state(self) + "\n".join([*runs, *models])
+
+
+class Cleaned(Result):
+    """What was removed: paths of checkpoints and jobs under jobs/, tables, model versions."""
+
+    checkpoints: list[str]
+    tables: list[str]
+    jobs: list[str]
+    versions: list[str]
+
+    def summary(self) -> str:
+        parts = {"checkpoint": self.checkpoints, "table": self.tables, "job": self.jobs}
+        gone = [f"{kind} {one}" for kind, names in parts.items() for one in names]
+        return _state(self) + "\n".join([*gone, *(f"version {uri}" for uri in self.versions)])
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: whether it is fit, what was found, what to do."""
+
+    name: str
+    fit: bool
+    found: str
+    remedy: str = ""
+
+
+class Diagnosis(Result):
+    """What the doctor found."""
+
+    findings: list[Finding]
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if all(finding.fit for finding in self.findings) else 1
+
+    def summary(self) -> str:
+        lines = []
+        for one in self.findings:
+            lines.append(f"{'ok  ' if one.fit else 'FAIL'} {one.name}: {one.found}")
+            lines += [f"     -> {one.remedy}"] if one.remedy else []
+        return "\n".join(lines)
 
 
 class Pulled(Result):

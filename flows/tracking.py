@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flows.config import Command
-from flows.jobs import digest
+from flows.environment import make_root, prepare
+from flows.jobs import digest, lock
 from flows.results import Result
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ R = TypeVar("R", bound=Result)
 JOB_TAG = "vae_flows.job"
 # Set when a run has ended for good. Its status doesn't tell: MLflow's log_model sets FINISHED midway.
 ENDED_TAG = "vae_flows.ended"
+FLOW_RUN_TAG = "vae_flows.flow_run"  # Prefect's run of the latest attempt
 FLUSH_SECONDS = 2.0  # a batch of metrics costs 0.1 s, a single one 0.02 s
 _active: ContextVar[Run | None] = ContextVar("run", default=None)
 
@@ -39,8 +41,11 @@ def tracked(config: Command) -> Iterator[Run]:
     if (outer := _active.get()) is not None:
         yield outer
         return
+    prepare(config.root)  # a worker runs the flow without our command line
+    make_root(config.root)
     run = Run(config)
-    run.resume()
+    with lock(config.root, "tracking"):  # MLflow's first two users at once would both create its tables
+        run.resume()
     token = _active.set(run)
     try:
         yield run
@@ -75,6 +80,11 @@ class Run:
     def wants(self, result: Result) -> bool:
         """Whether a result is to be logged: it was made now, or perhaps just before this run was stopped."""
         return result.changed or self.resumed
+
+    @property
+    def command(self) -> str:
+        """The command whose run this is, which may be another than the flow that logs."""
+        return type(self._config).__name__.lower()
 
     @property
     def id(self) -> str:
@@ -160,6 +170,8 @@ def _unfinished(config: Command) -> str | None:
     if not stopped:
         return None
     client().update_run(stopped[0], status="RUNNING")
+    for name, value in _flow_run().items():
+        client().set_tag(stopped[0], name, value)
     return str(stopped[0])
 
 
@@ -167,10 +179,35 @@ def _create(config: Command) -> str:
     from mlflow.entities import Param
 
     command = type(config).__name__.lower()
-    run = client().create_run(_experiment(config.root), tags={JOB_TAG: _job(config)}, run_name=command)
+    tags = {JOB_TAG: _job(config), **_flow_run()}
+    run = client().create_run(_experiment(config.root), tags=tags, run_name=command)
     params = [Param(name, str(value)) for name, value in _flat(config.model_dump(mode="json")).items()]
     client().log_batch(run.info.run_id, params=params)
     return str(run.info.run_id)
+
+
+def _flow_run() -> dict[str, str]:
+    """The tag that names Prefect's run, inside of one."""
+    from prefect.runtime import flow_run
+
+    return {FLOW_RUN_TAG: flow_run.id} if flow_run.id else {}
+
+
+def open_runs() -> dict[str, str]:
+    """The runs that MLflow holds for running, and the Prefect run of each."""
+    experiment = client().get_experiment_by_name(_experiment_name())
+    if experiment is None:
+        return {}
+    runs = client().search_runs([experiment.experiment_id], "attributes.status = 'RUNNING'")
+    return {r.info.run_id: r.data.tags[FLOW_RUN_TAG] for r in runs if FLOW_RUN_TAG in r.data.tags}
+
+
+def close(run_id: str, status: str, reason: str) -> None:
+    """End a run whose process is gone; only one that is KILLED is gone on with by the same command."""
+    client().set_tag(run_id, "error", reason[:500])
+    if status != "KILLED":
+        client().set_tag(run_id, ENDED_TAG, status)
+    client().set_terminated(run_id, status)
 
 
 def _job(config: Command) -> str:

@@ -19,7 +19,7 @@ from prefect.cache_policies import NO_CACHE
 from data.snapshot import open_snapshot, resident
 from data.store import Store
 from flows.config import Ingest, Train, narrow
-from flows.devices import pick_device
+from flows.devices import gpu_slot, pick_device
 from flows.ingest import snapshot_of
 from flows.jobs import digest, job_store, lock, put_record, read_record
 from flows.progress import Advance, progress
@@ -70,14 +70,15 @@ def fit_model(config: Train, ingested: Ingested, job: str, run: Run) -> Trained:
     snapshot = open_snapshot(ingested.snapshot)
     images = {split: resident(snapshot, split).images for split in ("train", "validation")}
     logger.info("train: %d images, job %s", len(images["train"]), job)
-    started = time.monotonic()
-    with stop_signal() as stop, progress("train") as advance:
+    device = pick_device(config.device)
+    with gpu_slot(device), stop_signal() as stop, progress("train") as advance:
+        started = time.monotonic()
         result = fit(
             model_of(config, ingested),
             config.training,
             images["train"],
             validation=images["validation"],
-            device=pick_device(config.device),
+            device=device,
             save=lambda step, blob: save_checkpoint(store, step, blob, run),
             restore=lambda: read_checkpoints(store),
             progress=lambda event: report_progress(event, run, advance),

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +58,12 @@ def signal_at(pattern: str, number: signal.Signals, *arguments: object, root: Pa
     guard.cancel()
     assert sent, f"{pattern!r} was never logged:\n{log}"
     return process.wait(), log
+
+
+def until(seconds: float, ready: Callable[[], Any]) -> Any:
+    """What `ready` gives once it gives something."""
+    end = time.monotonic() + seconds
+    while not (found := ready()):
+        assert time.monotonic() < end, f"not within {seconds:g} s"
+        time.sleep(1)
+    return found

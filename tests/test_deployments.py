@@ -1,0 +1,172 @@
+"""Schedules: one definition, taken by Prefect's own loader, and run by `serve` on the clock and on events."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pipeline import SHORT, command, environment, run, run_json, until
+
+from flows.config import Retrain, Serve
+from flows.deployments import deployments, prefect_yaml
+from flows.local_server import local_server
+
+HOME = Path(__file__).parent.parent
+POOLS = ("process", "docker", "kubernetes")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Prefect server with its scheduler, its URL in the environment."""
+    patch = pytest.MonkeyPatch()
+    database = tmp_path_factory.mktemp("prefect") / "prefect.db"
+    patch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{database}")
+    with local_server(services=True) as url:
+        patch.setenv("PREFECT_API_URL", url)
+        yield url
+    patch.undo()
+
+
+def prefect(*arguments: object) -> str:
+    """Prefect's own command line."""
+    line = [sys.executable, "-m", "prefect", "--no-prompt", *map(str, arguments)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=HOME, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def ask(server: str, question: str, body: dict[str, Any] | None = None, method: str = "POST") -> Any:
+    """Prefect's API; a method that it answers with an error raises."""
+    import httpx
+
+    answer = httpx.request(method, f"{server}/{question}", json=body, trust_env=False, timeout=60)
+    answer.raise_for_status()
+    return answer.json() if answer.content else None
+
+
+def test_the_file_holds_the_definition() -> None:
+    written = (HOME / "prefect.yaml").read_text()
+    assert written == prefect_yaml(Serve()), "write it anew: vae-flows serve --write prefect.yaml"
+
+
+@pytest.fixture(scope="module")
+def deployed(server: str) -> dict[str, Any]:
+    """Every deployment of prefect.yaml, by its flow."""
+    for kind in POOLS:
+        name = "vae-flows" if kind == "process" else f"vae-{kind}"
+        template = HOME / "deploy" / f"{kind}-pool.json"
+        prefect("work-pool", "create", name, "--type", kind, "--base-job-template", template)
+    prefect("deploy", "--all")
+    found = ask(server, "deployments/filter", {})
+    assert {one["name"] for one in found} == {"vae-digits"}
+    return {one["entrypoint"].split(".")[1]: one for one in found}
+
+
+def test_prefect_takes_the_pools(server: str, deployed: dict[str, Any]) -> None:
+    for kind in ("docker", "kubernetes"):
+        pool = ask(server, f"work_pools/vae-{kind}", method="GET")
+        assert pool["type"] == kind
+        variables = pool["base_job_template"]["variables"]["properties"]
+        assert variables["image"]["default"] == "vae-flows"
+        text = json.dumps(pool["base_job_template"]["job_configuration"])
+        for name in variables:
+            assert f"{{{{ {name} }}}}" in text, f"variable {name!r} of {kind} is used nowhere"
+
+
+def test_prefect_takes_the_deployments(deployed: dict[str, Any]) -> None:
+    for one in deployments(Serve()):
+        found = deployed[one.flow]
+        assert [entry["schedule"]["cron"] for entry in found["schedules"]] == [one.cron]
+        assert found["global_concurrency_limit"]["limit"] == 1
+        assert found["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+        assert found["work_pool_name"] == "vae-flows"
+        # What a worker makes of it is the configuration that was meant.
+        assert type(one.config)(**found["parameters"]["config"]) == one.config
+
+
+def test_events_start_deployments(server: str, deployed: dict[str, Any]) -> None:
+    found = {
+        (automation["trigger"]["expect"][0], automation["actions"][0]["deployment_id"])
+        for automation in ask(server, "automations/filter", {})
+    }
+    retrain, encode = deployed["retrain"]["id"], deployed["encode"]["id"]
+    updated, drifted = "vae.dataset.updated", "vae.drift.detected"
+    assert found == {(updated, retrain), (updated, encode), (drifted, retrain)}
+
+
+def test_the_form_is_typed(server: str, deployed: dict[str, Any]) -> None:
+    schema = deployed["retrain"]["parameter_openapi_schema"]
+    records = schema["definitions"]
+    retrain = records["Retrain"]["properties"]
+    assert retrain["duplicates"]["enum"] == ["keep", "drop", "fail"]
+    assert (retrain["count"]["type"], retrain["count"]["minimum"]) == ("integer", 1)
+    assert set(retrain["model"]["discriminator"]["mapping"]) == {"flat", "autoencoder", "ladder"}
+    assert records["TrainConfig"]["properties"]["learning_rate"]["type"] == "number"
+    assert "required" not in records["Retrain"], "a form or a program may leave everything out"
+    # The server itself holds a run to the schema.
+    create = f"deployments/{deployed['retrain']['id']}/create_flow_run"
+    later = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2100-01-01T00:00:00Z"}}
+    with pytest.raises(Exception, match=r"409|422"):
+        ask(server, create, {"parameters": {"config": {"count": "many"}}, "state": later})
+    with pytest.raises(Exception, match=r"409|422"):
+        ask(server, create, {"parameters": {"config": {"sauce": "digits"}}, "state": later})
+    ask(server, create, {"parameters": {"config": {"source": "digits"}}, "state": later})
+
+
+@pytest.fixture(scope="module")
+def served(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """`vae-flows serve` of short retrainings, on a server of its own deployments; its root."""
+    root = tmp_path_factory.mktemp("served")
+    crons = ("--retrain-cron", "", "--encode-cron", "", "--model-name", "served")
+    with open(root / "serve.log", "wb") as log:
+        process = subprocess.Popen(
+            command("serve", *SHORT, *crons, root=root),
+            stdout=log,
+            stderr=log,
+            env=environment() | {"PREFECT_RUNNER_POLL_FREQUENCY": "1"},
+        )
+        yield root
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143, (root / "serve.log").read_text()
+
+
+def runs(server: str, flow: str) -> list[dict[str, Any]]:
+    """A served flow's runs that were started from its deployment, oldest first."""
+    query = {"flows": {"name": {"any_": [flow]}}, "deployments": {"name": {"any_": ["served"]}}}
+    return ask(server, "flow_runs/filter", {**query, "sort": "EXPECTED_START_TIME_ASC"})
+
+
+def test_an_event_starts_what_is_served_and_an_overlap_is_cancelled(server: str, served: Path) -> None:
+    named = {"deployments": {"name": {"any_": ["served"]}}, "flows": {"name": {"any_": ["retrain"]}}}
+    (retrain,) = until(180, lambda: ask(server, "deployments/filter", named))
+    # A new snapshot, made by a command of its own, is the event.
+    assert os.environ["PREFECT_API_URL"] == server
+    ingested = run_json("ingest", "--limit", 300, root=served / "elsewhere")
+    assert ingested["changed"]
+    first = until(120, lambda: runs(server, "retrain"))[0]
+    until(120, lambda: runs(server, "retrain")[0]["state"]["type"] == "RUNNING")
+    ask(server, f"deployments/{retrain['id']}/create_flow_run", {})
+    second = until(60, lambda: [r for r in runs(server, "retrain") if r["state_type"] == "CANCELLED"])[0]
+    assert second["state"]["message"] == "Deployment concurrency limit reached."
+    over = ("COMPLETED", "FAILED", "CRASHED")
+    until(300, lambda: runs(server, "retrain")[0]["state_type"] in over)
+    first = next(r for r in runs(server, "retrain") if r["id"] == first["id"])
+    assert first["state_type"] == "COMPLETED", first["state"]["message"]
+    assert first["id"] != second["id"]
+    # It has updated the dataset itself, which is no reason for another run.
+    assert len(runs(server, "retrain")) == 2
+    logs = ask(server, "logs/filter", {"logs": {"flow_run_id": {"any_": [first["id"]]}}})
+    assert any("served version 1 is champion" in line["message"] for line in logs), logs
+    pulled = run("pull", "models:/served@champion", served / "bundle", root=served)
+    assert "models:/served/1 is in" in pulled.stdout
+
+
+def test_a_form_may_leave_everything_out() -> None:
+    assert Retrain() == Retrain(source="digits", preset="digits")
