@@ -14,6 +14,7 @@ from flows.tracking import Run, client
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
+    from mlflow.models.model import ModelInfo
 
 logger = logging.getLogger("vae_flows.registry")
 JOB_TAG = "vae_flows.job"
@@ -110,9 +111,12 @@ def register(
     with lock(root, f"register-{name}"):
         if (found := find(name, job)) is not None:
             return found
-        source = _log_model(run, bundle)
+        logged = _log_model(run, bundle)
         _ensure_model(name)
-        version = client().create_model_version(name, source, run.id, tags={JOB_TAG: job, **tags})
+        # A server refuses a logged model as source without its id; a local store does not ask.
+        version = client().create_model_version(
+            name, logged.model_uri, run.id, tags={JOB_TAG: job, **tags}, model_id=logged.model_id
+        )
         client().set_registered_model_alias(name, CHALLENGER, version.version)
     logger.info("register: %s version %s", name, version.version)
     return version
@@ -128,8 +132,8 @@ def _ensure_model(name: str) -> None:
             raise
 
 
-def _log_model(run: Run, bundle: Path) -> str:
-    """Log the bundle as a pyfunc made of code that MLflow copies; its URI."""
+def _log_model(run: Run, bundle: Path) -> ModelInfo:
+    """Log the bundle as a pyfunc made of code that MLflow copies."""
     import mlflow
 
     import vae
@@ -147,7 +151,7 @@ def _log_model(run: Run, bundle: Path) -> str:
             input_example=example,
         )
     client().update_run(run.id, status="RUNNING")  # which leaving the block has set to FINISHED
-    return str(logged.model_uri)
+    return logged
 
 
 def _signature(bundle: Path) -> tuple[Any, Any]:

@@ -27,7 +27,6 @@ import vae
 from flows.config import Serve
 from flows.deployments import prefect_yaml
 
-pytestmark = pytest.mark.slow  # until it has been seen green from end to end
 HOME = Path(__file__).parent.parent
 DEPLOY = HOME / "deploy"
 MODEL = "vae-digits"
