@@ -211,7 +211,7 @@ def test_a_worker_completes_what_was_scheduled(servers: Servers, scheduled: dict
 
 
 def test_its_model_is_in_the_registry_with_artifacts_in_s3(
-    servers: Servers, scheduled: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    servers: Servers, scheduled: dict[str, Any], tmp_path: Path
 ) -> None:
     import mlflow
 
@@ -222,9 +222,13 @@ def test_its_model_is_in_the_registry_with_artifacts_in_s3(
     found = servers.services["mlflow"]["environment"]
     listing = httpx.get(f"{found['MLFLOW_S3_ENDPOINT_URL']}/{SECRETS['MLFLOW_BUCKET']}", trust_env=False).text
     assert "artifacts/bundle/model.safetensors</Key>" in listing
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    place = f"models:/{MODEL}@champion/artifacts/bundle"
-    bundle = mlflow.artifacts.download_artifacts(place, dst_path=str(tmp_path), tracking_uri=uri)
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)  # over what another test has set: the variable alone would not be
+    try:
+        place = f"models:/{MODEL}@champion/artifacts/bundle"
+        bundle = mlflow.artifacts.download_artifacts(place, dst_path=str(tmp_path))
+    finally:
+        mlflow.set_tracking_uri(before)
     assert vae.load(bundle).latent_dim == 16
 
 
