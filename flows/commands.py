@@ -19,8 +19,10 @@ from flows.config import (
     Clean,
     Command,
     Encode,
+    Follow,
     Images,
     Ingest,
+    Lineage,
     Promote,
     Pull,
     Rollback,
@@ -96,12 +98,16 @@ def check(config: Command) -> None:
         _check_table(config)
     else:
         _check_root(config)
-    if isinstance(config, Promote | Rollback):
+    if isinstance(config, Promote | Rollback | Follow):
         _check_registry(config, config.name)
         from flows import promotion
 
         promotion.check(config)
+    if isinstance(config, Lineage):
+        _check_registry(config)
+        from flows import lineage
 
+        lineage.check(config)
     _check_upkeep(config)
 
 

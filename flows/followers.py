@@ -30,10 +30,15 @@ def subscribe(name: str, config: Encode, source: str) -> None:
 
 def unsubscribe(root: Path, name: str, origin: str) -> None:
     """Let a table follow no more; ValueError where none of this source does."""
+    require(root, name, origin)
+    _append(root, name, origin, None)
+
+
+def require(root: Path, name: str, origin: str) -> None:
+    """Refuse a source of which no table follows the champion, naming those that do."""
     if origin not in following(root, name):
         known = ", ".join(map(repr, following(root, name))) or "none"
         raise ValueError(f"no table of {origin!r} follows the champion of {name!r}; these do: {known}")
-    _append(root, name, origin, None)
 
 
 def _append(root: Path, name: str, origin: str, settings: dict[str, Any] | None) -> None:

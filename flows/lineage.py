@@ -41,6 +41,11 @@ def lineage(config: Lineage) -> Traced:
     )
 
 
+def check(config: Lineage) -> None:
+    """Refuse a thing that nothing is known of."""
+    trace(config.thing, known_tables(config.root))
+
+
 def trace(thing: str, tables: list[TableInfo]) -> tuple[str, str]:
     """A thing's dataset, and the digest of its model's weights where it is of one model."""
     if thing.startswith("models:/") or (Path(thing) / "manifest.json").is_file():

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.store import Store, open_store
-from flows import events, registry
-from flows.config import Promote, Rollback
+from flows import events, followers, registry
+from flows.config import Follow, Promote, Rollback
 from flows.jobs import job_store, put_record, read_record
 from flows.ledger import Ledger
 from flows.results import Scores
@@ -70,11 +70,15 @@ def previous(name: str, moves: list[Move]) -> str:
     return champions[-2]
 
 
-def check(config: Promote | Rollback) -> None:
-    """Refuse a move that can't be made, before anything is written."""
+def check(config: Promote | Rollback | Follow) -> None:
+    """Refuse what can't be done to a champion, before anything is written."""
+    registry.require(config.name)
     moves = history(config.root, config.name)
     if isinstance(config, Promote):
         require_sound(config.root, config.name, config.version)
+    elif isinstance(config, Follow):
+        if config.drop:
+            followers.require(config.root, config.name, config.drop)
     elif not moves or moves[-1].kind != "rollback" or settled(config.root, config.name, moves[-1]):
         previous(config.name, moves)
 

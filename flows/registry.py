@@ -204,6 +204,16 @@ def set_champion(name: str, version: str) -> None:
     client().set_registered_model_alias(name, CHAMPION, version)
 
 
+def require(name: str) -> None:
+    """Refuse a name that no registered model has."""
+    import mlflow
+
+    try:
+        client().get_registered_model(name)
+    except mlflow.MlflowException as error:
+        raise ValueError(f"no model {name!r} in the registry: {error.message}") from error
+
+
 def tags(name: str, version: str) -> dict[str, str]:
     """A version's tags; ValueError where there is no such version."""
     import mlflow

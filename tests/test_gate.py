@@ -12,7 +12,7 @@ import pytest
 
 import vae
 from flows import promotion, registry
-from flows.config import Promote, Rollback, Train
+from flows.config import Follow, Promote, Rollback, Train
 from flows.evaluate import npz
 from flows.gate import judge, paired
 from flows.jobs import job_store, put_record
@@ -158,10 +158,14 @@ def test_alias_and_history(root: Path) -> None:
 
 
 def test_what_can_not_be_promoted_or_rolled_back(root: Path) -> None:
+    with pytest.raises(ValueError, match="no model 'gated' in the registry"):
+        promotion.check(Follow(root=root, name=NAME))
     first, second = register(root, 1), register(root, 2)
     sound, collapsed = scores(-90.0, job="evaluation-1"), scores(-90.0, active=0.0, job="evaluation-2")
     with pytest.raises(ValueError, match="has no champion to go back to, and none now"):
         promotion.check(Rollback(root=root, name=NAME))
+    with pytest.raises(ValueError, match="no table of 'digits' follows the champion of 'gated'"):
+        promotion.check(Follow(root=root, name=NAME, drop="digits"))
     with pytest.raises(ValueError, match="gated/1 has no scores"):
         promotion.check(Promote(root=root, name=NAME, version=first, reason="try"))
     commit(root, sound, 0.0, 0.0)
