@@ -34,6 +34,8 @@ CASES: dict[str, tuple[ModelConfig, TrainConfig]] = {
     "iwae": (FLAT, dataclasses.replace(SHORT, objective="iwae", samples=4)),
     "warm": (FLAT, dataclasses.replace(SHORT, beta_schedule="warmup", warmup_epochs=2.0, free_bits=0.1)),
     "cosine": (FLAT, dataclasses.replace(SHORT, learning_rate_schedule="cosine")),
+    "averaged": (FLAT, dataclasses.replace(SHORT, ema_decay=0.9, learning_rate_warmup_epochs=0.5)),
+    "skipping": (FLAT, dataclasses.replace(SHORT, gradient_skip=1.0)),
     "denoising": (
         AutoencoderConfig.from_dict(GEOMETRY | {"corruption": "noise", "corruption_strength": 0.3}),
         SHORT,
@@ -188,7 +190,7 @@ def test_the_learning_rate_falls_along_half_a_cosine(monkeypatch: pytest.MonkeyP
 
     def spy(run: train._Run, batch: torch.Tensor) -> None:
         original(run, batch)
-        rates.append(run.optimizer.param_groups[0]["lr"])
+        rates.append(run.optimizer.adam.param_groups[0]["lr"])
 
     monkeypatch.setattr(train._Run, "train_step", spy)
     fit(FLAT, dataclasses.replace(SHORT, learning_rate_schedule="cosine"), IMAGES)

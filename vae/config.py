@@ -237,7 +237,10 @@ class TrainConfig(Config):
     """How to train, whatever the model.
 
     batch_size in images; learning_rate is Adam's, held ('constant') or taken to zero along half a cosine
-    ('cosine', Loshchilov & Hutter 2017) by learning_rate_schedule. The loss is the negative ELBO with
+    ('cosine', Loshchilov & Hutter 2017) by learning_rate_schedule, after a linear rise over the first
+    learning_rate_warmup_epochs. A step whose gradient's norm is not finite, or above gradient_skip times its
+    running average, is left out (0: none is). ema_decay, if not 0: the decay a step of the weights' moving
+    average, which is then what is validated and kept. The loss is the negative ELBO with
     - beta: the KL's final weight (Higgins et al. 2017), reached by beta_schedule: 'constant',
       'warmup' (linear over the first warmup_epochs) or 'cyclic' (Fu et al. 2019: `cycles` ramps);
     - free_bits: nats that each latent level may use at no cost (Kingma et al. 2016);
@@ -251,6 +254,9 @@ class TrainConfig(Config):
     batch_size: int = 128
     learning_rate: float = 2e-3
     learning_rate_schedule: str = "constant"
+    learning_rate_warmup_epochs: float = 0.0
+    gradient_skip: float = 10.0
+    ema_decay: float = 0.0
     seed: int = 0
     objective: str = "elbo"
     samples: int = 1
@@ -268,8 +274,11 @@ class TrainConfig(Config):
         self._check_types()
         for name in ("epochs", "batch_size", "samples", "cycles", "log_every", "checkpoint_every"):
             check_range(name, getattr(self, name), 1)
-        for name in ("beta", "warmup_epochs", "free_bits"):
+        for name in ("beta", "warmup_epochs", "free_bits", "learning_rate_warmup_epochs"):
             check_range(name, getattr(self, name), 0, 1e6)
+        check_range("ema_decay", self.ema_decay, 0, 0.99999)
+        if self.gradient_skip != 0:
+            check_range("gradient_skip (0 for none)", self.gradient_skip, 1)
         check_range("learning_rate", self.learning_rate, 1e-12, 10)
         check_range("seed", self.seed, 0, 2**63 - 1)
         check_choice("learning_rate_schedule", self.learning_rate_schedule, ("constant", "cosine"))

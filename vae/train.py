@@ -26,6 +26,7 @@ from vae import checkpoint, pixels
 from vae.config import ModelConfig, TrainConfig
 from vae.model import Model, build
 from vae.objective import Terms, beta_at, terms, training_loss
+from vae.optimizer import Optimizer, learning_rate_at
 from vae.random import StepDraws, permutation
 
 logger = logging.getLogger("vae")
@@ -40,7 +41,8 @@ class Progress:
 
     split: 'train' (every log_every steps), 'epoch' (the training images of a finished epoch, as they were
     met), 'validation' (the whole split, after an epoch). elbo, log_likelihood, kl in nats an image,
-    unweighted; loss is what training minimises, with beta as it stood. images counts all seen so far.
+    unweighted; loss is what training minimises, with beta as it stood. images counts all seen so far,
+    skipped the steps so far that were left out for their gradient: those without a finite loss are in no mean.
     images_per_second is of this process and does not count in comparisons.
     """
 
@@ -50,6 +52,7 @@ class Progress:
     step: int
     steps: int
     images: int
+    skipped: int
     elbo: float
     log_likelihood: float
     kl: float
@@ -88,11 +91,15 @@ class Meter:
         self.interval = torch.zeros(4, dtype=torch.float64, device=device)
         self.epoch = torch.zeros(4, dtype=torch.float64)
 
-    def add(self, now: Terms, loss: Tensor, images: int) -> None:
-        """Add a batch, without waiting for the device; rows beyond one an image are draws, and averaged."""
+    def add(self, now: Terms, loss: Tensor, images: int, left_out: Tensor) -> None:
+        """Add a batch, without waiting for the device; rows beyond one an image are draws, and averaged.
+
+        A batch without finite figures is not added where its step was left out: then it did no harm.
+        """
         with torch.no_grad():
             log_likelihood, kl = now.log_likelihood.mean(), now.kl.sum(1).mean()
-            self.interval += images * torch.stack([torch.ones_like(kl), log_likelihood, kl, loss])
+            batch = images * torch.stack([torch.ones_like(kl), log_likelihood, kl, loss])
+            self.interval += batch.where(batch.isfinite().all() | (left_out == 0), 0.0)
 
     def read_interval(self) -> tuple[float, ...]:
         """(log_likelihood, kl, loss), means over the images since the last reading."""
@@ -142,6 +149,7 @@ def fit(
     run.resume(restore() if restore else iter(()))
     resumed_at = run.step
     run.train(save or (lambda step, blob: None), stop)
+    run.optimizer.settle()
     history = tuple(run.history)
     return FitResult(run.model.eval(), history, run.step, run.images_seen, resumed_at)
 
@@ -169,18 +177,6 @@ def _check_objective(model: Model, config: TrainConfig) -> None:
         )
 
 
-def learning_rate_at(config: TrainConfig, step: int, steps: int) -> float:
-    """Adam's rate at a step (from 0) of `steps` in the whole run.
-
-    >>> cosine = TrainConfig(learning_rate=1.0, learning_rate_schedule="cosine")
-    >>> [round(learning_rate_at(cosine, step, 4), 3) for step in range(4)]
-    [1.0, 0.854, 0.5, 0.146]
-    """
-    if config.learning_rate_schedule == "constant":
-        return config.learning_rate
-    return config.learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
-
-
 class _Run:
     """The state of one training run, and the steps that move it."""
 
@@ -199,7 +195,7 @@ class _Run:
         self.model = build(model_config, config.seed).to(device)
         _check_objective(self.model, config)
         self.model.initialize(self.images[:INITIAL_IMAGES])
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate, fused=True)
+        self.optimizer = Optimizer(self.model, config)
         self.steps_per_epoch = math.ceil(len(images) / config.batch_size)
         self.steps = config.epochs * self.steps_per_epoch
         self.step = self.images_seen = 0
@@ -246,9 +242,8 @@ class _Run:
         loss, now = training_loss(config, beta_at(config, self.step, self.steps), inference, target)
         self.optimizer.zero_grad()
         loss.backward()
-        self.optimizer.param_groups[0]["lr"] = learning_rate_at(config, self.step, self.steps)
-        self.optimizer.step()
-        self.meter.add(now, loss, len(batch))
+        left_out = self.optimizer.step(learning_rate_at(config, self.step, self.steps), self.step)
+        self.meter.add(now, loss, len(batch), left_out)
         self.step += 1
         self.images_seen += len(batch)
 
@@ -262,7 +257,8 @@ class _Run:
         if epoch_ends:
             self._record("epoch", *self.meter.read_epoch())
             if len(self.validation):
-                self._record("validation", *self._validate(self.validation))
+                with self.optimizer.averaged():
+                    self._record("validation", *self._validate(self.validation))
             self._timed_from = (time.perf_counter(), self.images_seen)
 
     def _record(self, split: str, log_likelihood: float, kl: float, loss: float | None = None) -> None:
@@ -274,6 +270,7 @@ class _Run:
             step=self.step,
             steps=self.steps,
             images=self.images_seen,
+            skipped=int(self.optimizer.guard.skipped),
             elbo=log_likelihood - kl,
             log_likelihood=log_likelihood,
             kl=kl,
@@ -313,9 +310,7 @@ class _Run:
     def checkpoint(self) -> bytes:
         """The whole state as one blob, after making sure that it is finite."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for index, parameter in enumerate(self.model.parameters()):
-            for name, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{index}.{name}"] = value
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
         tensors |= {"meter.interval": self.meter.interval, "meter.epoch": self.meter.epoch}
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
@@ -342,24 +337,16 @@ class _Run:
                 raise ValueError(f"the checkpoint is of another run: its {part} is {saved[part]}, not {mine}")
 
     def _restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        weights = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
-        self.model.load_state_dict(weights)
-        for index, parameter in enumerate(self.model.parameters()):
-            for name in ("step", "exp_avg", "exp_avg_sq"):
-                saved = tensors.get(f"optimizer.{index}.{name}")
-                if saved is not None:
-                    self.optimizer.state[parameter][name] = _laid_out_as(parameter, saved)
+        self.model.load_state_dict(_under("model.", tensors))
+        self.optimizer.restore(_under("optimizer.", tensors))
         self.meter.interval.copy_(tensors["meter.interval"])
         self.meter.epoch.copy_(tensors["meter.epoch"])
         self.step, self.images_seen = facts["step"], facts["images_seen"]
         self.history = [Progress(**line) for line in facts["history"]]
 
 
-def _laid_out_as(parameter: Tensor, saved: Tensor) -> Tensor:
-    """A fused optimizer needs its averages in the memory layout of their parameter."""
-    if saved.shape != parameter.shape:  # Adam's step count
-        return saved.to(parameter.device)
-    return torch.empty_like(parameter).copy_(saved)
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _digest(images: np.ndarray) -> str:

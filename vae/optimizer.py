@@ -1,0 +1,149 @@
+"""The optimizer of every training: Adam, its rate, a guard against exploding gradients, averaged weights.
+
+Nothing in a step waits for the device: a step that has to be left out is one that the fused kernel, told by
+a flag on the device, does not take. Everything that a resumed run needs is in `state`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from vae.config import TrainConfig
+
+NORM_MEMORY = 0.01  # of the running average of gradient norms: a hundred steps
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each parameter
+
+
+def learning_rate_at(config: TrainConfig, step: int, steps: int) -> float:
+    """Adam's rate at a step (from 0) of `steps` in the whole run.
+
+    >>> cosine = TrainConfig(epochs=4, learning_rate=1.0, learning_rate_schedule="cosine")
+    >>> [round(learning_rate_at(cosine, step, 4), 3) for step in range(4)]
+    [1.0, 0.854, 0.5, 0.146]
+    >>> warm = TrainConfig(epochs=4, learning_rate=1.0, learning_rate_warmup_epochs=2)
+    >>> [learning_rate_at(warm, step, 8) for step in range(8)]
+    [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]
+    """
+    rate = config.learning_rate
+    if warming := config.learning_rate_warmup_epochs * steps / config.epochs:
+        rate *= min(1.0, (step + 1) / warming)
+    if config.learning_rate_schedule == "cosine":
+        rate *= (1 + math.cos(math.pi * step / steps)) / 2
+    return rate
+
+
+class Guard:
+    """Says which gradients are not to be followed, by their norms so far.
+
+    Left out is a norm that is not finite, or above `factor` times the running average. A norm that was left
+    out counts in that average as the limit it passed: so should gradients have become larger for good, the
+    average grows until they are followed again. With factor 0 nothing is left out.
+
+    state holds (sum, weight), whose ratio is the average; skipped how many were left out.
+    """
+
+    def __init__(self, factor: float, device: torch.device):
+        self.factor = factor
+        self.state = torch.zeros(2, device=device)
+        self.skipped = torch.zeros((), device=device)
+
+    @torch.no_grad()
+    def leave_out(self, norm: Tensor) -> Tensor:
+        """1.0 where a step of this gradient norm must be left out, else 0.0, on the norm's device.
+
+        >>> guard = Guard(10.0, torch.device("cpu"))
+        >>> [guard.leave_out(torch.tensor(n)).item() for n in (1.0, 3.0, 90.0, 2.0, math.nan)]
+        [0.0, 0.0, 1.0, 0.0, 1.0]
+        """
+        limit = self.factor * self.state[0] / self.state[1]  # NaN, which nothing exceeds, before the first
+        finite = norm.isfinite()
+        left_out = (~finite | (norm > limit)).float()
+        seen = torch.stack([torch.fmin(norm, limit), torch.ones_like(norm)])
+        self.state.lerp_(torch.where(finite, seen, self.state), NORM_MEMORY)
+        self.skipped += left_out
+        return left_out
+
+
+class Optimizer:
+    """Adam over a model's parameters, guarded, with an exponential moving average of the weights.
+
+    The average's decay starts low, min(ema_decay, (1 + t) / (10 + t)) after t steps, so that it forgets the
+    untrained weights; with ema_decay=0 there is none, and the weights are their own average.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig):
+        self.parameters = list(model.parameters())
+        self.adam = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)
+        self.guard = Guard(config.gradient_skip, self.parameters[0].device)
+        self.decay = config.ema_decay
+        self.averages = [p.detach().clone() for p in self.parameters] if self.decay else []
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.adam.zero_grad()
+
+    def step(self, rate: float, t: int) -> Tensor:
+        """Follow the gradients at this learning rate, as step t (from 0); 1.0 if it was left out, else 0.0."""
+        left_out = torch.zeros((), device=self.guard.state.device)
+        if self.guard.factor:
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            left_out = self.guard.leave_out(norm)
+            self.adam.found_inf = left_out  # type: ignore[attr-defined]  # what the fused kernel asks
+        self.adam.param_groups[0]["lr"] = rate
+        self.adam.step()
+        if self.averages:
+            torch._foreach_lerp_(self.averages, self._weights(), 1 - min(self.decay, (1 + t) / (10 + t)))
+        return left_out
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the block the model has its averaged weights."""
+        kept = [weight.clone() for weight in self._weights()] if self.averages else []
+        self._load(self.averages)
+        try:
+            yield
+        finally:
+            self._load(kept)
+
+    def settle(self) -> None:
+        """The model takes its averaged weights for good: training is over."""
+        self._load(self.averages)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that the next step depends on, but for the weights themselves."""
+        tensors = {"guard": self.guard.state, "skipped": self.guard.skipped}
+        for index, parameter in enumerate(self.parameters):
+            for name, value in self.adam.state[parameter].items():
+                tensors[f"{index}.{name}"] = value
+        return tensors | {f"{index}.average": average for index, average in enumerate(self.averages)}
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Take up a state that `state` gave."""
+        self.guard.state.copy_(saved["guard"])
+        self.guard.skipped.copy_(saved["skipped"])
+        for index, parameter in enumerate(self.parameters):
+            self.adam.state[parameter].clear()
+            for name in MOMENTS:
+                if (value := saved.get(f"{index}.{name}")) is not None:
+                    self.adam.state[parameter][name] = _laid_out_as(parameter, value)
+        for index, average in enumerate(self.averages):
+            average.copy_(saved[f"{index}.average"])
+
+    def _weights(self) -> list[Tensor]:
+        return [parameter.detach() for parameter in self.parameters]
+
+    def _load(self, weights: list[Tensor]) -> None:
+        if weights:
+            torch._foreach_copy_(self._weights(), weights)
+
+
+def _laid_out_as(parameter: Tensor, saved: Tensor) -> Tensor:
+    """A fused optimizer needs its averages in the memory layout of their parameter."""
+    if saved.shape != parameter.shape:  # Adam's step count
+        return saved.to(parameter.device)
+    return torch.empty_like(parameter).copy_(saved)
