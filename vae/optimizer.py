@@ -88,7 +88,7 @@ class Optimizer:
         self.adam.zero_grad()
 
     def step(self, rate: float, t: int) -> Tensor:
-        """Follow the gradients at this learning rate, as step t (from 0); 1.0 if it was left out, else 0.0."""
+        """Follow the gradients at this learning rate, as step t (from 0); 1.0 if it was left out, else 0."""
         left_out = torch.zeros((), device=self.guard.state.device)
         if self.guard.factor:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])

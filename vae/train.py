@@ -42,7 +42,7 @@ class Progress:
     split: 'train' (every log_every steps), 'epoch' (the training images of a finished epoch, as they were
     met), 'validation' (the whole split, after an epoch). elbo, log_likelihood, kl in nats an image,
     unweighted; loss is what training minimises, with beta as it stood. images counts all seen so far,
-    skipped the steps so far that were left out for their gradient: those without a finite loss are in no mean.
+    skipped the steps so far that were left out for their gradient (in no mean, if their loss is not finite).
     images_per_second is of this process and does not count in comparisons.
     """
 
