@@ -6,6 +6,7 @@ thread. A flow called by another joins its run.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -128,6 +129,12 @@ class Run:
             path = Path(folder, name)
             path.write_bytes(content)
             client().log_artifact(self.id, str(path))
+
+    def log_image(self, name: str, png: bytes, step: int) -> None:
+        """A picture of a step; MLflow shows those of one name with a slider over the steps."""
+        from PIL import Image
+
+        client().log_image(self.id, Image.open(io.BytesIO(png)), key=name, step=step)
 
     def sign(self, result: R) -> R:
         """A flow's result with the run's id, if there is a run."""

@@ -25,6 +25,7 @@ from flows.jobs import digest, job_store, lock, put_record, read_record
 from flows.progress import Advance, progress
 from flows.results import Ingested, Trained
 from flows.tracking import Run, tracked
+from flows.watch import Watch, put_history, read_history
 
 if TYPE_CHECKING:
     from vae.config import ModelConfig
@@ -45,8 +46,12 @@ def train(config: Train) -> Trained:
         with lock(config.root, job):
             if (record := read_record(job_store(config.root, job), "trained.json")) is not None:
                 logger.info("train: unchanged, job %s is trained", job)
-                return run.sign(Trained(**record))
-            return run.sign(fit_model(config, ingested, job, run))
+                trained = Trained(**record)
+            else:
+                trained = fit_model(config, ingested, job, run)
+        if run.wants(trained):
+            run.log_json("history.json", read_history(job_store(config.root, job)))
+        return run.sign(trained)
 
 
 def training_job(config: Train, ingested: Ingested) -> str:
@@ -82,11 +87,17 @@ def fit_model(config: Train, ingested: Ingested, job: str, run: Run) -> Trained:
             save=lambda step, blob: save_checkpoint(store, step, blob, run),
             restore=lambda: read_checkpoints(store),
             progress=lambda event: report_progress(event, run, advance),
+            watch=Watch(store, run, held(images), config.training.epochs),
             stop=stop,
         )
     seconds = time.monotonic() - started
-    held = images["validation"] if len(images["validation"]) else images["train"]
-    return commit(store, job, ingested, result, kl_per_dim(result.model, held[:KL_IMAGES]), seconds)
+    put_history(store, result)
+    return commit(store, job, ingested, result, kl_per_dim(result.model, held(images)[:KL_IMAGES]), seconds)
+
+
+def held(images: dict[str, np.ndarray]) -> np.ndarray:
+    """The validation images, or where there are none those of training."""
+    return images["validation"] if len(images["validation"]) else images["train"]
 
 
 def kl_per_dim(model: Model, images: np.ndarray) -> list[float] | None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vae import checkpoint, train
+from vae.activity import activity
 from vae.config import AutoencoderConfig, FlatConfig, ModelConfig, TrainConfig, model_config
 from vae.evaluate import evaluate
 from vae.model import Model
@@ -243,3 +244,15 @@ def test_progress_tells_what_history_keeps() -> None:
     assert [line.split for line in told if line.epoch == 1] == ["train", "train", "epoch", "validation"]
     assert told[-1].step == told[-1].steps == 12
     assert all(line.images_per_second > 0 for line in told)
+
+
+def test_who_watches_sees_each_epoch_and_changes_nothing() -> None:
+    seen: list[tuple[int, int, bool]] = []
+
+    def watch(epoch: int, step: int, model: Model) -> None:
+        seen.append((epoch, step, model.training))
+        assert activity(model, HELD_OUT) is not None
+
+    watched = fit(FLAT, SHORT, IMAGES, watch=watch)
+    assert seen == [(1, 4, False), (2, 8, False), (3, 12, False)]
+    assert_same(watched, fit(FLAT, SHORT, IMAGES))

@@ -119,6 +119,10 @@ def _ignore(_: Progress) -> None:
     """The default progress callback."""
 
 
+def _look_away(epoch: int, step: int, model: Model) -> None:
+    """The default of `watch`."""
+
+
 def fit(
     model_config: ModelConfig,
     train_config: TrainConfig,
@@ -129,6 +133,7 @@ def fit(
     save: Callable[[int, bytes], None] | None = None,
     restore: Callable[[], Iterator[bytes]] | None = None,
     progress: Callable[[Progress], None] = _ignore,
+    watch: Callable[[int, int, Model], None] = _look_away,
     stop: Callable[[], bool] = lambda: False,
 ) -> FitResult:
     """Train a model on images (N, C, H, W) uint8, with an exact ELBO of `validation` after each epoch.
@@ -138,6 +143,7 @@ def fit(
             the end, and when stopped.
         restore: yields checkpoints of this very run, newest first; a damaged one is logged and skipped.
         progress: called with each line of the history.
+        watch: called after each epoch with it, the step and the model in evaluation mode, to look at only.
         stop: asked between steps; when true, a checkpoint is saved and `Interrupted` raised.
 
     Raises:
@@ -145,7 +151,7 @@ def fit(
         NonFiniteLoss: the loss or a weight is not finite; nothing later than the last good state is saved.
     """
     _check_images(model_config, images, validation)
-    run = _Run(model_config, train_config, images, validation, torch.device(device), progress)
+    run = _Run(model_config, train_config, images, validation, torch.device(device), progress, watch)
     run.resume(restore() if restore else iter(()))
     resumed_at = run.step
     run.train(save or (lambda step, blob: None), stop)
@@ -188,8 +194,9 @@ class _Run:
         validation: np.ndarray | None,
         device: torch.device,
         progress: Callable[[Progress], None],
+        watch: Callable[[int, int, Model], None] = _look_away,
     ):
-        self.config, self.device, self.progress = config, device, progress
+        self.config, self.device, self.progress, self.watch = config, device, progress, watch
         self.images = pixels.tensor(images).to(device)
         self.validation = self.images[:0] if validation is None else pixels.tensor(validation)
         self.model = build(model_config, config.seed).to(device)
@@ -256,9 +263,11 @@ class _Run:
             self._record("train", *self.meter.read_interval())
         if epoch_ends:
             self._record("epoch", *self.meter.read_epoch())
-            if len(self.validation):
-                with self.optimizer.averaged():
+            with self.optimizer.averaged():  # the weights that this training would end with now
+                if len(self.validation):
                     self._record("validation", *self._validate(self.validation))
+                self.watch(self.step // self.steps_per_epoch, self.step, self.model.eval())
+                self.model.train()
             self._timed_from = (time.perf_counter(), self.images_seen)
 
     def _record(self, split: str, log_likelihood: float, kl: float, loss: float | None = None) -> None:
