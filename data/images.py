@@ -27,19 +27,20 @@ import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import blake3
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
-FILTERS = {
+FILTERS: dict[str, Image.Resampling] = {
     "box": Image.Resampling.BOX,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-FITS = ("crop", "pad", "stretch")
+Filter = Literal["box", "bilinear", "bicubic", "lanczos"]
+Fit = Literal["crop", "pad", "stretch"]
 PATH_VERSION = 1  # raised when the same settings would give other pixels
 
 EXTENSIONS = {
@@ -114,8 +115,8 @@ class DecodePath:
     height: int | None = None
     width: int | None = None
     channels: int | None = None
-    resize: str = "bilinear"
-    fit: str = "crop"
+    resize: Filter = "bilinear"
+    fit: Fit = "crop"
     scaled_jpeg: bool = True
 
     def __post_init__(self) -> None:
@@ -126,8 +127,8 @@ class DecodePath:
             raise ValueError(f"channels {self.channels!r}: give 1 (grey) or 3 (RGB)")
         if self.resize not in FILTERS:
             raise ValueError(f"unknown resize {self.resize!r}: give one of {', '.join(FILTERS)}")
-        if self.fit not in FITS:
-            raise ValueError(f"unknown fit {self.fit!r}: give one of {', '.join(FITS)}")
+        if self.fit not in get_args(Fit):
+            raise ValueError(f"unknown fit {self.fit!r}: give one of {', '.join(get_args(Fit))}")
 
     def resolved(self, native: tuple[int, int, int]) -> DecodePath:
         """This path with what it leaves open taken from `native`, a source's (channels, height, width).

@@ -1,7 +1,8 @@
 """`vae-flows`: one command per flow, its options made from the flow's configuration.
 
 Standard output carries the result and nothing else; everything on the way goes to standard error.
-Exit codes: 0 done, 1 failed on the way, 2 refused before any work, 130 and 143 interrupted (resumable).
+Exit codes: 0 done, 1 failed on the way, 2 refused before any work, 130 and 143 interrupted (resumable),
+141 done, but whoever read the result had gone.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import os
+import re
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
     from flows.config import Command, Setting
+
+PIPE_CLOSED = 141  # a shell's exit code for SIGPIPE
 
 # Command -> (its configuration in flows.config, its one line of help); it is flows.<command>.<command>.
 COMMANDS = {
@@ -57,10 +62,20 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code."""
     try:
-        return _run(list(sys.argv[1:] if arguments is None else arguments))
+        return _main(list(sys.argv[1:] if arguments is None else arguments))
+    except BrokenPipeError:  # `vae-flows ... | head` has seen enough; what is left would be told at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+
+
+def _main(arguments: list[str]) -> int:
+    try:
+        return _run(arguments)
     except ValueError as error:
         print(f"vae-flows: {_one_line(error)}", file=sys.stderr)
         return 2
+    finally:
+        sys.stdout.flush()
 
 
 def _run(arguments: list[str]) -> int:
@@ -198,8 +213,13 @@ def _configuration(options: argparse.Namespace) -> Command:
 
 def _first(error: ValidationError) -> str:
     """The first of pydantic's errors as one line."""
+    import vae.config
+
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "literal_error":
+        choices = re.findall("'([^']*)'", first["ctx"]["expected"])
+        return vae.config.no_choice(str(first["loc"][-1]), first["input"], choices)
     message = first["msg"].removeprefix("Value error, ")
     return message if first["type"] == "value_error" else f"{where}={first['input']!r}: {message}"
 

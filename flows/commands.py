@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import os
 import signal
 import sys
 import traceback
@@ -13,24 +12,8 @@ from contextlib import nullcontext
 from types import FrameType
 from typing import Any
 
-from data.sources import open_source
-from flows.config import (
-    Bootstrap,
-    Clean,
-    Command,
-    Encode,
-    Follow,
-    Images,
-    Ingest,
-    Lineage,
-    Promote,
-    Pull,
-    Rollback,
-    Serve,
-    Tables,
-    Train,
-    WithModel,
-)
+from flows.checks import check
+from flows.config import Clean, Command, Encode, Serve, Tables
 from flows.environment import make_root, prepare
 
 # Commands that are no flow.
@@ -45,7 +28,7 @@ def run(command: str, config: Command, *, as_json: bool) -> int:
     # What a served run logs goes to Prefect's server too; other commands say themselves what happens.
     prepare(config.root, log_level="INFO" if isinstance(config, Serve) else "CRITICAL")
     check(config)
-    if not isinstance(config, Tables):  # which are wherever they are, and may be read only
+    if config.writes:
         make_root(config.root)
     _log_to_stderr()
     signal.signal(signal.SIGTERM, _terminate)
@@ -82,86 +65,6 @@ def dry_run(command: str, config: Command, *, as_json: bool) -> int:
         values["removes"] = plan(config).told()
     print(json.dumps(values, indent=2) if as_json else to_toml(values))
     return 0
-
-
-def check(config: Command) -> None:
-    """Refuse what can be known to fail before anything is written: the source, the geometry, the model."""
-    if isinstance(config, Images):
-        source = open_source(config.source, downloads=config.root.resolve() / "torchvision")
-        if isinstance(config, Ingest):
-            channels, height, width = config.decode.resolved(source.native).geometry
-            if isinstance(config, Train):
-                config.model_of(height, width, channels)
-    if isinstance(config, WithModel | Pull):
-        _check_model(config)
-    if isinstance(config, Tables):
-        _check_table(config)
-    else:
-        _check_root(config)
-    if isinstance(config, Promote | Rollback | Follow):
-        _check_registry(config, config.name)
-        from flows import promotion
-
-        promotion.check(config)
-    if isinstance(config, Lineage):
-        _check_registry(config)
-        from flows import lineage
-
-        lineage.check(config)
-    _check_upkeep(config)
-
-
-def _check_upkeep(config: Command) -> None:
-    if isinstance(config, Bootstrap):
-        _check_server()
-    if isinstance(config, Clean):
-        _check_registry(config)
-    if isinstance(config, Serve):
-        from flows.deployments import check_schedules
-
-        check_schedules(config)
-
-
-def _check_table(config: Tables) -> None:
-    from data.store import open_store
-    from data.upkeep import read_about
-
-    if config.action == "list":
-        open_store(config.table or config.root).check()
-    else:
-        read_about(open_store(config.table).check())
-
-
-def _check_model(config: WithModel | Pull) -> None:
-    from flows.registry import locate, parse
-
-    if config.model.startswith("models:/"):
-        parse(config.model)
-        _check_registry(config, config.model)
-    locate(config.model)
-
-
-def _check_registry(config: Command, model: str = "") -> None:
-    """Looking into a registry that is not there yet would create it."""
-    database = os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///")
-    elsewhere = "MLFLOW_REGISTRY_URI" in os.environ or "://" in database
-    if not elsewhere and not os.path.exists(database):
-        wanted = f"no model {model!r}: " if model else ""
-        raise ValueError(f"{wanted}there is no registry under root {str(config.root)!r} yet")
-
-
-def _check_server() -> None:
-    from prefect.settings import get_current_settings
-
-    if not get_current_settings().api.url:
-        raise ValueError("no Prefect server to set up: set PREFECT_API_URL")
-
-
-def _check_root(config: Command) -> None:
-    root = config.root.resolve()
-    nearest = next(folder for folder in (root, *root.parents) if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.R_OK | os.W_OK | os.X_OK):
-        raise ValueError(f"root {str(config.root)!r} can't be read and written: give another --root")
 
 
 def to_toml(values: dict[str, Any]) -> str:

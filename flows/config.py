@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar, Union, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
@@ -87,7 +87,9 @@ ARGUMENT: dict[str, Any] = {"argument": True}
 
 
 class Command(Config):
-    """What every command takes."""
+    """What every command takes; one that `writes` needs a root that can be written, and makes it."""
+
+    writes: ClassVar[bool] = True
 
     root: Path = Field(
         default_factory=default_root, description="folder of all state: tables, models, MLflow"
@@ -114,7 +116,11 @@ class Ingest(Images):
 class Train(Ingest):
     """Train a model on a source's training split; resumes from the last checkpoint."""
 
-    preset: str = Field("", description=f"{', '.join(PRESETS)}; by default digits for digits, else textbook")
+    preset: str = Field(
+        "",
+        description=f"{', '.join(PRESETS)}; by default digits for digits, else textbook",
+        json_schema_extra={"enum": ["", *PRESETS]},
+    )
     model_name: str = Field("", description="name in the MLflow registry; by default vae-<source>")
     device: Device = Field("auto", description="auto: the GPU when there is one")
     # Always filled in from the preset, so a form or a program may leave it out.
@@ -165,7 +171,22 @@ class Output(Command):
     out: str = Field("", description="URI of a folder for tables; by default under the root")
 
 
-class Retrain(Train, Scoring, Drawing, Output):
+class Sharing(Command):
+    """Who works on the shards of an encode."""
+
+    runner: str = Field(
+        "here", description="who works: here, processes:N, ray (RAY_ADDRESS) or ray://HOST:PORT"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_runner(self) -> Self:
+        from flows import runners
+
+        runners.parse(self.runner)
+        return self
+
+
+class Retrain(Train, Scoring, Drawing, Output, Sharing):
     """Ingest, train, evaluate, register, gate, then encode and sample with the champion."""
 
     margin: float = Field(0.0, ge=0, description="nats an image by which a new champion must win, at least")
@@ -182,6 +203,8 @@ class Serve(Retrain):
 
 class Bootstrap(Command):
     """Set up a Prefect server: the limit on GPUs, the automation for zombies, notifications."""
+
+    writes: ClassVar[bool] = False
 
     gpus: int = Field(1, ge=1, description="tasks that may use a GPU at once")
     zombie_seconds: int = Field(
@@ -203,6 +226,8 @@ class Clean(Command):
 class Doctor(Command):
     """Check devices, servers, credentials and versions, and say what to do."""
 
+    writes: ClassVar[bool] = False
+
 
 class WithModel(Command):
     """What every command that uses a trained model takes."""
@@ -220,6 +245,8 @@ class WithModel(Command):
 
 class Pull(Command):
     """Fetch a model's bundle from the registry: digests checked, nothing of it executed."""
+
+    writes: ClassVar[bool] = False
 
     model: str = Field(
         description="models:/NAME@champion or models:/NAME/VERSION", json_schema_extra=ARGUMENT
@@ -267,6 +294,8 @@ class Follow(Registered):
 class Lineage(Command):
     """Say what a thing was made of, and what was made of the same dataset."""
 
+    writes: ClassVar[bool] = False
+
     thing: str = Field(
         description="a table's URI, models:/NAME@ALIAS, models:/NAME/VERSION, or a dataset's fingerprint",
         json_schema_extra=ARGUMENT,
@@ -275,6 +304,8 @@ class Lineage(Command):
 
 class Tables(Command):
     """Look after tables: list those under a folder; show, verify, sweep or name the files of one."""
+
+    writes: ClassVar[bool] = False
 
     action: Literal["list", "show", "verify", "gc", "files"] = Field(
         description="list: what is there; show: what one is and what made it; verify: every digest,\n"
@@ -299,13 +330,10 @@ class Evaluate(Scoring, Images, WithModel):
     split: Literal["train", "validation", "test"] = Field("test", description="images to score")
 
 
-class Encode(Output, Images, WithModel):
+class Encode(Output, Sharing, Images, WithModel):
     """Encode every image of a source into a latent table."""
 
     scores: bool = Field(False, description="also store log_likelihood and elbo of each image")
-    runner: str = Field(
-        "here", description="who works: here, processes:N, ray (RAY_ADDRESS) or ray://HOST:PORT"
-    )
     shard: str = Field("", description="I/N: begin with the I-th of N parts; others may run the same command")
     shard_rows: int = Field(
         65_536, ge=1, description="images of a shard: the unit of work, and a file's rows"
@@ -318,10 +346,9 @@ class Encode(Output, Images, WithModel):
     )
 
     @model_validator(mode="after")
-    def _is_shared_well(self) -> Self:
+    def _begins_with_a_part(self) -> Self:
         from flows import runners
 
-        runners.parse(self.runner)
         runners.parse_part(self.shard)
         return self
 

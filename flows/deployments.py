@@ -6,17 +6,16 @@ in with what will run. Only the root is left out of prefect.yaml: it is the work
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 from flows.config import Command, Encode, Retrain, Serve, narrow
-from flows.events import BY, DATASET_UPDATED, DRIFT_DETECTED
+from flows.events import BY, DATASET_UPDATED, DRIFT_DETECTED, dataset, model
 
 WORK_POOL = "vae-flows"
 # A run that would overlap its predecessor is cancelled, and its state says why.
 ONE_AT_A_TIME: dict[str, Any] = {"limit": 1, "collision_strategy": "CANCEL_NEW"}
-# Retrain ingests too: a dataset that it has updated itself needs no other run.
-ON_DATASET = {"expect": [DATASET_UPDATED], "match": {"prefect.resource.id": "vae.dataset.*", BY: "ingest"}}
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,8 @@ class Deployment:
         """An event that fits starts a run, as prefect.yaml and Prefect's API say it."""
         common = {"type": "event", "posture": "Reactive", "threshold": 1, "within": 0}
         names = [f"{self.flow} {self.name} on {event['expect'][0]}" for event in self.events]
-        return [{"name": name, **common, **event} for name, event in zip(names, self.events, strict=True)]
+        events = copy.deepcopy(self.events)  # shared by two deployments, they would be aliases in YAML
+        return [{"name": name, **common, **event} for name, event in zip(names, events, strict=True)]
 
 
 def deployments(config: Serve) -> list[Deployment]:
@@ -48,10 +48,13 @@ def deployments(config: Serve) -> list[Deployment]:
     """
     name = config.model_name
     champion = narrow(Encode, config, model=f"models:/{name}@champion", scores=True)
-    on_drift = {"expect": [DRIFT_DETECTED], "match": {"prefect.resource.id": f"vae.model.{name}"}}
+    # Retrain ingests too: a dataset that it has updated itself needs no other run.
+    by_others = {"prefect.resource.id": dataset(config.source), BY: "!retrain"}
+    on_dataset = {"expect": [DATASET_UPDATED], "match": by_others}
+    on_drift = {"expect": [DRIFT_DETECTED], "match": {"prefect.resource.id": model(name)}}
     return [
-        Deployment("retrain", name, narrow(Retrain, config), config.retrain_cron, (ON_DATASET, on_drift)),
-        Deployment("encode", name, champion, config.encode_cron, (ON_DATASET,)),
+        Deployment("retrain", name, narrow(Retrain, config), config.retrain_cron, (on_dataset, on_drift)),
+        Deployment("encode", name, champion, config.encode_cron, (on_dataset,)),
     ]
 
 

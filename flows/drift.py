@@ -140,7 +140,7 @@ def compare(config: Drift, model: Located, reference: Rows, new: Rows, job: str)
     drifted = drifted.model_copy(update={"drift": found, "reason": reason, "p": smallest(tests)})
     drifted = drifted.model_copy(update={"table": write_table(config, model, drifted, tests)})
     if found:  # before the record: a kill in between tells twice, never not at all
-        resource = f"vae.model.{model.name or 'unregistered'}"
+        resource = events.model(model.name or "unregistered")
         events.emit(events.DRIFT_DETECTED, resource, **drifted.model_dump(mode="json"))
     record = drifted.model_dump(mode="json", exclude={"run_id", "changed"})
     return Drifted(**put_record(job_store(config.root, job), "drift.json", record), changed=True)

@@ -76,7 +76,7 @@ def judge(
             difference=found,
         )
 
-    if (fault := unsound(challenger)) is not None:
+    if (fault := promotion.unsound(challenger)) is not None:
         return verdict(False, fault)
     if holder is None:
         return verdict(True, "champion already" if champion else "the first sound version")
@@ -88,17 +88,6 @@ def judge(
         return verdict(True, f"test {name} is better than version {champion}'s: {diff}", diff)
     reason = f"test {name} is not surely better than version {champion}'s by more than {margin:g}: {diff}"
     return verdict(False, reason, diff)
-
-
-def unsound(challenger: Scores) -> str | None:
-    """Why a model can't be champion whatever its rivals, or None."""
-    scores = challenger.scores
-    value = scores[challenger.headline]["value"]
-    if not math.isfinite(value):
-        return f"the test score is {value}"
-    if "active_units" in scores and scores["active_units"]["value"] == 0:
-        return "collapsed: no latent dimension is active"
-    return None
 
 
 def no_contest(challenger: Scores, champion: Scores) -> str | None:

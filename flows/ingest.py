@@ -12,7 +12,7 @@ from data.snapshot import open_snapshot
 from data.sources import Source, limited, open_source
 from data.store import open_store
 from flows.config import Images, Ingest
-from flows.events import DATASET_UPDATED, emit
+from flows.events import DATASET_UPDATED, dataset, emit
 from flows.progress import progress
 from flows.results import Ingested, told
 from flows.tracking import Run, tracked
@@ -40,7 +40,7 @@ def ingest(config: Ingest) -> Ingested:
             _log(run, ingested)
             emit(
                 DATASET_UPDATED,
-                f"vae.dataset.{ingested.name}",
+                dataset(config.source),
                 by=run.command,
                 snapshot=ingested.snapshot,
                 rows=ingested.rows,

@@ -8,6 +8,7 @@ command (`flows.follow`). An alias that somebody moved by hand is taken over int
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,7 +124,7 @@ def settled(root: Path, name: str, made: Move) -> bool:
 def announce(name: str, made: Move) -> None:
     """Emit the event of a move; after a kill it may come twice, never not at all."""
     uri = f"models:/{name}/{made.version}"
-    events.emit(events.MODEL_PROMOTED, f"vae.model.{name}", model=name, model_uri=uri, **asdict(made))
+    events.emit(events.MODEL_PROMOTED, events.model(name), model=name, model_uri=uri, **asdict(made))
 
 
 def settle(root: Path, name: str, made: Move, facts: dict[str, Any]) -> None:
@@ -133,8 +134,6 @@ def settle(root: Path, name: str, made: Move, facts: dict[str, Any]) -> None:
 
 def require_sound(root: Path, name: str, version: str) -> None:
     """Refuse a version that doesn't exist, was never scored, or isn't sound, whoever wants it promoted."""
-    from flows.gate import unsound
-
     job = registry.tags(name, version).get("evaluation", "")
     record = read_record(job_store(root, job), "scores.json") if job else None
     if record is None:
@@ -143,6 +142,16 @@ def require_sound(root: Path, name: str, version: str) -> None:
         )
     if (fault := unsound(Scores(**record))) is not None:
         raise ValueError(f"models:/{name}/{version} can't be champion: {fault}")
+
+
+def unsound(scores: Scores) -> str | None:
+    """Why a model can't be champion whatever its rivals, or None."""
+    value = scores.scores[scores.headline]["value"]
+    if not math.isfinite(value):
+        return f"the test score is {value}"
+    if scores.scores.get("active_units", {}).get("value") == 0:
+        return "collapsed: no latent dimension is active"
+    return None
 
 
 def _ledger(root: Path, name: str) -> Ledger:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -39,6 +42,15 @@ def refused(capsys: pytest.CaptureFixture[str], root: Path, *arguments: object) 
         (("pull", "models:/digits/1", "/tmp/x"), "there is no registry under root"),
         (("retrain", "--config", "/no/such.toml"), "--config '/no/such.toml' can't be read as TOML"),
         (("ingest", "extra"), "unexpected argument 'extra' of ingest"),
+        (("tables", "shwo", "/tmp"), "action='shwo' is not one of 'list', 'show', 'verify', 'gc', 'files'"),
+        (("tables", "shwo", "/tmp"), "did you mean 'show'?"),
+        (
+            ("ingest", "--fit", "corp"),
+            "fit='corp' is not one of 'crop', 'pad', 'stretch': did you mean 'crop'?",
+        ),
+        (("retrain", "--objective", "elbw"), "did you mean 'elbo'?"),
+        (("retrain", "--runner", "spark"), "runner 'spark' is not here, processes:N, ray or ray://HOST:PORT"),
+        (("reconcile",), "there is no registry under root"),
     ],
 )
 def test_bad_input_gets_one_line(
@@ -99,6 +111,19 @@ def test_a_misspelt_field_of_toml_names_the_nearest(
     file.write_text("[training]\nlearningrate = 0.1\n")
     line = refused(capsys, tmp_path / "root", "train", "--config", file)
     assert "unknown field 'learningrate' in training: did you mean 'learning_rate'?" in line
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("retrain", "--dry-run", "--json")])
+def test_a_reader_may_leave_early(arguments: tuple[str, ...]) -> None:
+    line = [sys.executable, "-m", "flows.cli", *arguments]
+    # Unbuffered, argparse itself would meet the closed pipe, and keep silent.
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
 
 
 @pytest.mark.parametrize("command", ["retrain", "ingest", "train", "evaluate", "encode", "sample", "pull"])

@@ -1,13 +1,13 @@
 """The likelihoods against `torch.distributions`, sums and integrals, in float64."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from torch import distributions
 
-from vae.config import LIKELIHOODS as NAMES
-from vae.config import FlatConfig
+from vae.config import FlatConfig, LikelihoodName
 from vae.likelihood import (
     LIKELIHOODS,
     Bernoulli,
@@ -21,6 +21,7 @@ from vae.likelihood import (
     optimal_variance,
 )
 
+NAMES = get_args(LikelihoodName)
 GREYS = torch.arange(256, dtype=torch.float64).reshape(256, 1, 1, 1)
 
 

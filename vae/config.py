@@ -11,7 +11,7 @@ import importlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 # The allowlist: the `model` tag -> where its configuration and its class are.
 # A bundle or a checkpoint is built from these names and from nothing else.
@@ -21,15 +21,14 @@ MODELS: dict[str, tuple[str, str]] = {
     "ladder": ("vae.config:LadderConfig", "vae.ladder:LadderVAE"),
 }
 
-LIKELIHOODS = (
+LikelihoodName = Literal[
     "bernoulli",
     "continuous_bernoulli",
     "gaussian",
     "optimal_gaussian",
     "discretized_logistic",
     "discretized_logistic_mixture",
-)
-NETWORKS = ("conv", "strided", "residual", "mlp")
+]
 
 
 def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
@@ -41,9 +40,12 @@ def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
     """
     choices = list(choices)
     if value not in choices:
-        raise ValueError(
-            f"{field}={value!r} is not one of {', '.join(map(repr, choices))}{_nearest(value, choices)}"
-        )
+        raise ValueError(no_choice(field, value, choices))
+
+
+def no_choice(field: str, value: object, choices: list[str]) -> str:
+    """The message that refuses a value outside its choices."""
+    return f"{field}={value!r} is not one of {', '.join(map(repr, choices))}{_nearest(str(value), choices)}"
 
 
 def check_range(field: str, value: float, low: float, high: float = float("inf")) -> None:
@@ -53,7 +55,7 @@ def check_range(field: str, value: float, low: float, high: float = float("inf")
 
 
 def _nearest(name: str, valid: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f": did you mean {close[0]!r}?" if close else ""
 
 
@@ -91,12 +93,15 @@ class Config:
         return cls(**{name: _freeze(value) for name, value in values.items()})
 
     def _check_types(self) -> None:
-        """JSON and TOML are untyped: refuse a string for a number here, not deep inside torch."""
-        accepted = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+        """JSON and TOML are untyped: refuse a string for a number, or no choice, here, not deep in torch."""
+        accepted = {int: (int,), float: (int, float), bool: (bool,)}
+        hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            value, wanted = getattr(self, field.name), str(field.type)
-            if wanted in accepted and type(value) not in accepted[wanted]:
-                raise ValueError(f"{field.name}={value!r} must be of type {wanted}")
+            value, wanted = getattr(self, field.name), hints[field.name]
+            if get_origin(wanted) is Literal:
+                check_choice(field.name, value, get_args(wanted))
+            elif wanted in accepted and type(value) not in accepted[wanted]:
+                raise ValueError(f"{field.name}={value!r} must be of type {wanted.__name__}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +118,9 @@ class ModelConfig(Config):
     height: int
     width: int
     channels: int
-    likelihood: str = "discretized_logistic"
+    likelihood: LikelihoodName = "discretized_logistic"
     components: int = 5
-    binarize: str = "none"
+    binarize: Literal["none", "threshold", "sampled"] = "none"
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -123,9 +128,7 @@ class ModelConfig(Config):
             check_range(side, getattr(self, side), 8, 256)
         if self.channels not in (1, 3):
             raise ValueError(f"channels={self.channels!r} must be 1 (grey) or 3 (RGB)")
-        check_choice("likelihood", self.likelihood, LIKELIHOODS)
         check_range("components", self.components, 1, 100)
-        check_choice("binarize", self.binarize, ("none", "threshold", "sampled"))
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -164,15 +167,13 @@ class NetworkConfig(ModelConfig):
     """
 
     latent_dim: int = 32
-    network: str = "conv"
+    network: Literal["conv", "strided", "residual", "mlp"] = "conv"
     hidden: tuple[int, ...] | None = None
-    upsampling: str = "transposed"
+    upsampling: Literal["transposed", "unpool"] = "transposed"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("latent_dim", self.latent_dim, 1, 65536)
-        check_choice("network", self.network, NETWORKS)
-        check_choice("upsampling", self.upsampling, ("transposed", "unpool"))
         if self.hidden is None:
             object.__setattr__(self, "hidden", _default_hidden(self.network, self.height, self.width))
         if not isinstance(self.hidden, tuple) or not all(type(h) is int and h > 0 for h in self.hidden):
@@ -198,12 +199,11 @@ class FlatConfig(NetworkConfig):
 
     model: ClassVar[str] = "flat"
 
-    prior: str = "normal"
+    prior: Literal["normal", "vamp"] = "normal"
     pseudo_inputs: int = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("prior", self.prior, ("normal", "vamp"))
         check_range("pseudo_inputs", self.pseudo_inputs, 1, 10_000)
 
 
@@ -218,12 +218,11 @@ class AutoencoderConfig(NetworkConfig):
 
     model: ClassVar[str] = "autoencoder"
 
-    corruption: str = "none"
+    corruption: Literal["none", "noise", "downscale"] = "none"
     corruption_strength: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("corruption", self.corruption, ("none", "noise", "downscale"))
         low, high = {"none": (0, 0), "noise": (1e-6, 10), "downscale": (2, 64)}[self.corruption]
         check_range(
             f"corruption_strength (corruption={self.corruption!r})", self.corruption_strength, low, high
@@ -253,16 +252,16 @@ class TrainConfig(Config):
     epochs: int = 20
     batch_size: int = 128
     learning_rate: float = 2e-3
-    learning_rate_schedule: str = "constant"
+    learning_rate_schedule: Literal["constant", "cosine"] = "constant"
     learning_rate_warmup_epochs: float = 0.0
     gradient_skip: float = 10.0
     ema_decay: float = 0.0
     seed: int = 0
-    objective: str = "elbo"
+    objective: Literal["elbo", "iwae"] = "elbo"
     samples: int = 1
-    gradient: str = "dreg"
+    gradient: Literal["dreg", "plain"] = "dreg"
     beta: float = 1.0
-    beta_schedule: str = "constant"
+    beta_schedule: Literal["constant", "warmup", "cyclic"] = "constant"
     warmup_epochs: float = 0.0
     cycles: int = 4
     free_bits: float = 0.0
@@ -281,10 +280,6 @@ class TrainConfig(Config):
             check_range("gradient_skip (0 for none)", self.gradient_skip, 1)
         check_range("learning_rate", self.learning_rate, 1e-12, 10)
         check_range("seed", self.seed, 0, 2**63 - 1)
-        check_choice("learning_rate_schedule", self.learning_rate_schedule, ("constant", "cosine"))
-        check_choice("objective", self.objective, ("elbo", "iwae"))
-        check_choice("gradient", self.gradient, ("dreg", "plain"))
-        check_choice("beta_schedule", self.beta_schedule, ("constant", "warmup", "cyclic"))
         self._check_objective()
 
     def _check_objective(self) -> None:
