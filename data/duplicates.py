@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data.commit import StoredFile
+from data.files import StoredFile
 from data.parquet import open_parquet_file
 from data.store import Store
 
@@ -57,7 +57,7 @@ def _repeats(hashes: np.ndarray) -> int:
 
 def _hashes(store: Store, file: StoredFile) -> np.ndarray:
     """The content hashes of a file, uint64 (N, 2), page checksums verified."""
-    column = open_parquet_file(store, file.path).read(["content_hash"])["content_hash"]
+    column = open_parquet_file(store, file.path).read(["content_hash"], use_threads=False)["content_hash"]
     return np.concatenate([np.empty((0, 2), np.uint64), *(_words(chunk) for chunk in column.chunks)])
 
 

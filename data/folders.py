@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import stat
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data.files import in_arrow, parquet_table
 from data.images import LIMITS, Limits, Reject
 from data.sources import (
     LISTED,
@@ -272,18 +272,16 @@ def _open_labels(store: Store) -> Labels | None:
 def _read_labels(data: bytes, name: str) -> pa.Table:
     """The label table's columns; text stays text, so that a label 007 is not the number 7."""
     if name.endswith(".parquet"):
-        import pyarrow.parquet as pq
-
-        return pq.read_table(pa.BufferReader(data))
+        return parquet_table(data)
     if name.endswith(".jsonl"):
         from pyarrow import json
 
-        return json.read_json(io.BytesIO(data))
+        return json.read_json(in_arrow(data))
     from pyarrow import csv
 
-    with csv.open_csv(io.BytesIO(data)) as reader:
+    with csv.open_csv(in_arrow(data)) as reader:
         known = dict.fromkeys(set(reader.schema.names) & {"label", "split", *FILE_NAMES}, pa.string())
-    return csv.read_csv(io.BytesIO(data), convert_options=csv.ConvertOptions(column_types=known))
+    return csv.read_csv(in_arrow(data), convert_options=csv.ConvertOptions(column_types=known))
 
 
 def _one(column: pa.ChunkedArray) -> pa.Array:

@@ -78,7 +78,7 @@ class ParquetSource:
                 for first in range(0, opened.metadata.num_rows, LISTED):
                     yield self._rows(file, None, first, min(LISTED, opened.metadata.num_rows - first))
                 continue
-            for batch in opened.iter_batches(LISTED, columns=names):
+            for batch in opened.iter_batches(LISTED, columns=names, use_threads=False):
                 yield self._rows(file, batch, start, batch.num_rows)
                 start += batch.num_rows
 
@@ -112,7 +112,7 @@ class ParquetSource:
             if (path, group) not in self._groups:
                 while len(self._groups) > 1:
                     del self._groups[next(iter(self._groups))]
-                column = file.read_row_group(group, columns=[self.image])[self.image]
+                column = file.read_row_group(group, [self.image], use_threads=False)[self.image]
                 self._groups[path, group] = column
             return self._groups[path, group]
 
@@ -167,7 +167,10 @@ def open_parquet(place: str) -> Source:
 
 
 def open_parquet_file(store: Store, path: str) -> pq.ParquetFile:
-    """A Parquet file read as it is asked for, with its page checksums verified."""
+    """A Parquet file read as it is asked for, with its page checksums verified.
+
+    Read it with use_threads=False: see `data.files.parquet_table`.
+    """
     file = store.local / path if store.local is not None else pa.PythonFile(store.open(path), mode="r")
     return pq.ParquetFile(file, page_checksum_verification=True)
 

@@ -26,20 +26,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.batches import Batch, Crew, Resident, rebatch, stream, workers_for
-from data.commit import (
-    ListingHasher,
-    Made,
-    Manifest,
-    Progress,
-    StoredFile,
-    checked_bytes,
-    plan_table,
-    put_manifest,
-    read_file,
-    read_manifest,
-    run_shards,
-)
+from data.commit import Made, Manifest, Progress, put_manifest, read_manifest, run_shards
+from data.files import StoredFile, checked_bytes, read_file
 from data.images import LIMITS, DecodePath, Limits, Reject, content_hash, pixel_hash
+from data.listing import ListingHasher
+from data.plan import plan_table
 from data.sources import (
     LISTED,
     LISTING,

@@ -24,25 +24,12 @@ import pyarrow as pa
 from PIL import Image
 
 from data.batches import Batch, stream
-from data.commit import (
-    Made,
-    Manifest,
-    Part,
-    Plan,
-    Progress,
-    Shard,
-    StoredFile,
-    plan_table,
-    put_manifest,
-    read_file,
-    read_manifest,
-    read_plan,
-    run_shards,
-    work_shard,
-)
+from data.commit import Made, Manifest, Part, Progress, put_manifest, read_manifest, run_shards, work_shard
 from data.duplicates import count_duplicates
+from data.files import StoredFile, read_file
 from data.heap import keep_freed_memory
 from data.images import LIMITS, DecodePath, Limits
+from data.plan import Plan, Shard, plan_table, read_plan
 from data.sources import LISTED, Limited, Source, assign_splits, listed
 from data.store import Store, open_store, unseal
 

@@ -7,22 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from data.commit import (
-    Manifest,
-    Plan,
-    Record,
-    StoredFile,
-    checked_bytes,
-    latest_plan,
-    plan_rows,
-    read_manifest,
-    read_plan,
-    read_record,
-    snapshot_numbers,
-)
+from data.commit import Manifest, read_manifest
+from data.files import StoredFile, checked_bytes, parquet_table
+from data.plan import Plan, Record, latest_plan, plan_rows, read_plan, read_record, snapshot_numbers
 from data.store import Store, open_store, unseal
 from data.tables import open_table
 
@@ -163,7 +150,7 @@ def _files(record: Record) -> list[StoredFile]:
 
 def _verify_file(store: Store, file: StoredFile) -> None:
     data = checked_bytes(store, file)
-    rows = pq.read_table(pa.BufferReader(data), page_checksum_verification=True).num_rows
+    rows = parquet_table(data, checksums=True).num_rows
     if (rows, len(data)) != (file.rows, file.bytes):
         raise ValueError(f"{store.uri(file.path)} has {rows} rows, its record says {file.rows}")
 

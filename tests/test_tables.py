@@ -353,6 +353,35 @@ def test_pandas_polars_duckdb_datasets_and_pyarrow(tmp_path: Path) -> None:
     assert pq.read_table(result.uri).num_rows == 25
 
 
+READ_ALONE = """
+import os, sys
+from data.tables import open_table, read_latents
+from data.upkeep import verify
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+open_table(sys.argv[1])  # the store's own threads
+before = threads()
+read_latents(sys.argv[1]), verify(sys.argv[1])
+import pyarrow.parquet as pq
+own = threads() - before
+pq.read_table(sys.argv[1])
+print(own, threads() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+def test_reading_leaves_nothing_in_arrows_threads(tmp_path: Path) -> None:
+    """Arrow's threads that give Python's bytes back while the interpreter ends abort it, now and then."""
+    uri = run(folder_of(tmp_path / "in", range(5)), tmp_path / "out").uri
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", READ_ALONE, uri]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    own, usual = map(int, told.split())
+    assert own == 0 and usual > 0
+
+
 def test_list_show_and_gc(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "in", range(20))
     root = tmp_path / "root"
