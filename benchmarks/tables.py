@@ -1,16 +1,17 @@
 """What latent tables cost: memory of an encode, array sources' speed, bytes of trained latents, reading them.
 
-    python benchmarks/tables.py [--rounds 3] [--minutes 1] [--fashion-mnist DIR]
+    python benchmarks/tables.py [--rounds 3] [--train-minutes 1] [--minutes 8] [--fashion-mnist DIR]
 
 Each figure is measured in a process of its own, interleaved over rounds, and is their median. Results go
-to benchmarks/results/tables.json and, as tables, into docs/tables.md.
+to benchmarks/results/tables.json run by run, and in the end, as tables, into docs/tables.md. Stopped, or out
+of --minutes, the same command goes on.
 
 * memory: the peak of a whole encode of N synthetic 32x32 images to D = 64, by a trivial encoder, and what
   it left on disk, from which the costs of larger sets follow;
 * sources: idx, a snapshot and a Parquet of PNG files, through the whole stream into batches, and the
   Parquet's bytes alone;
-* latents: a flat convolutional VAE of D = 64 is trained on Fashion-MNIST for --minutes of CPU and encodes
-  its 70,000 images; its columns' stored bytes over those of raw float32, under three settings of zstd;
+* latents: a flat convolutional VAE of D = 64 is trained on Fashion-MNIST for --train-minutes of CPU and
+  encodes its 70,000 images; its columns' stored bytes over those of raw float32, under four settings;
 * reading: that table by read_latents, and by pandas in two ways.
 """
 
@@ -18,11 +19,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import math
 import resource
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import keep, machine, place, results
+from report import FILES, alone, keep, medians, place, play, results, rounds_told
 
 DIMS = 64
 MEMORY = (100_000, 1_000_000)
 SOURCES = ("idx", "snapshot", "parquet", "parquet_bytes")
 SHARD = 65_536
+GIVEN = ("fashion_mnist", "files", "train_minutes")  # options that a measurement needs
 STORED = {
     "parts": "*/part-*.parquet",
     "plans": "*/_plan/*",
@@ -63,7 +62,7 @@ def project(images: np.ndarray, ids: list[str]) -> dict[str, np.ndarray]:
     return {"mu": np.sqrt(flat[:, :DIMS]), "logvar": np.log1p(flat[:, DIMS:])}
 
 
-def memory(count: str) -> dict[str, float]:
+def memory(count: str, options: argparse.Namespace) -> dict[str, float]:
     from data.images import DecodePath
     from data.store import open_store
     from data.tables import LatentColumns, encode_table, plan_encode
@@ -84,7 +83,7 @@ def _bytes(table: Path, pattern: str) -> int:
     return sum(path.stat().st_size for path in table.glob(pattern))
 
 
-def source_speed(kind: str, folder: str) -> dict[str, float]:
+def source_speed(kind: str, options: argparse.Namespace) -> dict[str, float]:
     """A source's images, through the whole stream into batches, by one worker."""
     import pandas  # noqa: F401  pyarrow imports it with its first array
 
@@ -92,18 +91,20 @@ def source_speed(kind: str, folder: str) -> dict[str, float]:
     from data.images import DecodePath
     from data.sources import open_source
 
-    source = open_source((Path(folder) / f"{kind}.txt").read_text())
+    source = open_source(source_uri(kind, options))
     path = DecodePath(28, 28, 1)
     if kind == "parquet_bytes":
         return timed(lambda: sum(len(source.read(rows)) for rows in source.listing()))
     return timed(lambda: sum(len(batch.images) for batch in stream(source, path, 1024, workers=1)))
 
 
-def reading(reader: str, uri: str) -> dict[str, float]:
-    """The vectors of a latent table as one array."""
+def reading(reader: str, options: argparse.Namespace) -> dict[str, float]:
+    """The vectors of the trained model's table as one array."""
     import pandas as pd
 
     from data.tables import read_latents
+
+    uri = trained_table(options)
 
     def with_pandas(columns: list[str] | None) -> int:
         frame = pd.read_parquet(uri, columns=columns)
@@ -125,8 +126,8 @@ def timed(work: Callable[[], int]) -> dict[str, float]:
     return {"images": count, "seconds": seconds, "cpu_seconds": cpu, "images_per_cpu_second": count / cpu}
 
 
-def write_sources(idx: str, folder: Path) -> None:
-    """Fashion-MNIST's training images as a snapshot and as a Parquet of PNG files; where each is."""
+def source_uri(kind: str, options: argparse.Namespace) -> str:
+    """Fashion-MNIST's training images as idx, as a snapshot or as a Parquet of PNG files, made if need be."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -136,20 +137,29 @@ def write_sources(idx: str, folder: Path) -> None:
     from data.store import open_store
     from data.tables import png_bytes
 
-    source = open_source(f"idx:{idx}")
-    snapshot = ingest(source, DecodePath(), open_store(folder / "snapshots"))
-    files = [
-        png_bytes(image) for rows in source.listing() for image in source.read(rows).transpose(0, 3, 1, 2)
-    ]
-    pq.write_table(pa.table({"image": files}), folder / "images.parquet", row_group_size=8192)
-    parquet = f"parquet:{folder / 'images.parquet'}"
-    places = (f"idx:{idx}", f"snapshot:{snapshot.uri}", parquet, parquet)
-    for kind, uri in zip(SOURCES, places, strict=True):
-        (folder / f"{kind}.txt").write_text(uri)
+    idx = f"idx:{options.fashion_mnist}"
+    if kind == "idx":
+        return idx
+    source = open_source(idx)
+    if kind == "snapshot":
+        return f"snapshot:{ingest(source, DecodePath(), open_store(options.files / 'snapshots')).uri}"
+    file = options.files / "images.parquet"
+    if not file.exists():
+        images = (image for rows in source.listing() for image in source.read(rows).transpose(0, 3, 1, 2))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        table = pa.table({"image": [png_bytes(image) for image in images]})
+        pq.write_table(table, file, row_group_size=8192)
+    return f"parquet:{file}"
 
 
-def trained_table(idx: str, minutes: float, out: Path) -> str:
-    """Train a flat VAE of D = 64 for so many minutes of CPU and encode the set; the table's URI."""
+def trained_table(options: argparse.Namespace) -> str:
+    """The table of the set by a flat VAE of D = 64, trained now unless it is there; its URI."""
+    out = options.files / f"trained-{options.train_minutes:g}"
+    manifest = next(out.glob("*/*/_manifest.json"), None)
+    return str(manifest.parent.parent) if manifest else train_and_encode(options, out)
+
+
+def train_and_encode(options: argparse.Namespace, out: Path) -> str:
     from training import read_idx, train_for
 
     from data.images import DecodePath
@@ -162,16 +172,26 @@ def trained_table(idx: str, minutes: float, out: Path) -> str:
     shape = {"height": 28, "width": 28, "channels": 1}
     model = FlatConfig(**shape, latent_dim=DIMS, network="strided", hidden=(16, 32))
     config = TrainConfig(batch_size=64, learning_rate=3e-3)
-    encoder = Encoder(train_for(60 * minutes, model, config, read_idx(idx)["train"].pixels).model)
+    pixels = read_idx(options.fashion_mnist)["train"].pixels
+    encoder = Encoder(train_for(60 * options.train_minutes, model, config, pixels).model)
 
     def numbers(images: np.ndarray, ids: list[str]) -> dict[str, np.ndarray]:
         latents = encoder.encode(images, ids)
         return {"mu": latents.mu, "logvar": latents.logvar, "kl": latents.kl}
 
-    source, columns = open_source(f"idx:{idx}"), LatentColumns(DIMS)
+    source, columns = open_source(f"idx:{options.fashion_mnist}"), LatentColumns(DIMS)
     settings: dict[str, Any] = {"name": "trained", "weights_sha256": "0"}
     job = plan_encode(open_store(out), source, DecodePath(), columns, **settings)
     return encode_table(job, numbers).uri
+
+
+def latents(which: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What the columns of a trained model's table take, and would take under other settings."""
+    files = [str(path) for path in sorted(Path(trained_table(options)).rglob("part-*.parquet"))]
+    if which == "stored":
+        return stored_share(files)
+    with tempfile.TemporaryDirectory() as folder:
+        return settings_compared(files, Path(folder))
 
 
 def stored_share(files: list[str]) -> dict[str, float]:
@@ -217,26 +237,29 @@ def settings_compared(files: list[str], folder: Path) -> dict[str, Any]:
     return found
 
 
-MEASURES: dict[str, Callable[..., Any]] = {"memory": memory, "sources": source_speed, "reading": reading}
+MEASURES: dict[str, Callable[..., Any]] = {
+    "memory": memory,
+    "sources": source_speed,
+    "latents": latents,
+    "reading": reading,
+}
+CASES = [
+    *(f"memory {count}" for count in MEMORY),
+    *(f"sources {kind}" for kind in SOURCES),
+    "latents stored",
+    "latents settings",
+    *(f"reading {reader}" for reader in READERS),
+]
+ONCE = {case for case in CASES if case.startswith(("memory", "latents"))}
 
 
-def alone(*arguments: str) -> dict[str, float]:
-    """One measurement in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, __file__, "--measure", *arguments]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(*arguments, found, file=sys.stderr)
+def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """By measure and argument, the medians; of what ran once, that."""
+    found: dict[str, Any] = {measure: {} for measure in MEASURES}
+    for case, rounds in runs.items():
+        measure, argument = case.split()
+        found[measure][argument] = rounds[0] if case in ONCE else medians(rounds)
     return found
-
-
-def medians(rounds: int, *cases: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """Each case measured in every round; the median of each of its figures, by its second argument."""
-    runs = [[alone(*case) for case in cases] for _ in range(rounds)]
-    return {
-        case[1]: {name: statistics.median(run[at][name] for run in runs) for name in runs[0][at]}
-        for at, case in enumerate(cases)
-    }
 
 
 def costs(run: dict[str, float]) -> list[str]:
@@ -283,7 +306,7 @@ def table(report: dict[str, Any]) -> str:
         "|---|---:|",
         *(f"| {name} | {one['images_per_cpu_second']:,.0f} |" for name, one in report["sources"].items()),
         "",
-        f"Float columns of a model trained on Fashion-MNIST for {report['minutes']:g} CPU-minutes "
+        f"Float columns of a model trained on Fashion-MNIST for {report['train_minutes']:g} CPU-minutes "
         f"(D = {DIMS}, 70,000 rows), stored bytes over raw float32: "
         + ", ".join(f"{name} {share:.3f}" for name, share in report["latents"]["stored"].items())
         + ". The same columns under other settings: "
@@ -301,37 +324,34 @@ def table(report: dict[str, Any]) -> str:
     for title, one in zip(titles, report["reading"].values(), strict=True):
         cpu, seconds = one["cpu_seconds"], one["seconds"]
         lines.append(f"| {title} | {cpu:.3f} | {seconds:.3f} | {cpu / ours:.1f}x |")
-    return "\n".join([*lines, "", f"Medians of {report['rounds']} rounds; {place(report)}."])
+    return "\n".join([*lines, "", f"{rounds_told(report['rounds'])}; {place(report)}."])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--train-minutes", type=float, default=1.0)
     parser.add_argument("--fashion-mnist", default="/usr/share/datasets/fashion-mnist")
+    parser.add_argument("--files", type=Path, default=FILES / "tables", help="what it makes is kept here")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many; see above")
     parser.add_argument("--table", action="store_true", help="write the table of results that are there")
-    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.table:
-        report = results("tables")
-        keep("tables", report, table(report))
-        return
     if options.measure:
-        what, *arguments = options.measure
-        print(json.dumps(MEASURES[what](*arguments)))
+        measure, argument = options.measure
+        print(json.dumps(MEASURES[measure](argument, options)))
         return
-    report = {**machine(), "rounds": options.rounds, "minutes": options.minutes}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        report["memory"] = medians(1, *(("memory", str(count)) for count in MEMORY))
-        write_sources(options.fashion_mnist, folder)
-        report["sources"] = medians(options.rounds, *(("sources", kind, name) for kind in SOURCES))
-        uri = trained_table(options.fashion_mnist, options.minutes, folder / "latents")
-        files = [str(path) for path in sorted(Path(uri).rglob("part-*.parquet"))]
-        report["latents"] = {"stored": stored_share(files), "settings": settings_compared(files, folder)}
-        report["reading"] = medians(options.rounds, *(("reading", reader, uri) for reader in READERS))
-    keep("tables", report, table(report))
-    print(json.dumps(report, indent=2))
+    given = [f"--{name.replace('_', '-')}={getattr(options, name)}" for name in GIVEN]
+    rounds, minutes = options.rounds, options.minutes
+
+    def run(case: str) -> dict[str, Any]:
+        return alone(__file__, *case.split(), *given)
+
+    done = options.table or play("tables", CASES, run, rounds=rounds, minutes=minutes, once=ONCE)
+    if done:
+        report = results("tables")
+        report = {**report, "train_minutes": options.train_minutes, **summary(report["runs"])}
+        keep("tables", report, table(report))
 
 
 if __name__ == "__main__":

@@ -121,14 +121,16 @@ class FolderSource(ImageFiles):
         return os.fsencode(self.store.url).rstrip(b"/") + b"/"
 
     def listing(self) -> Iterator[pa.RecordBatch]:
-        for ids in chunked(self._walk(""), LISTED):
-            stats = [_stat(self.root + unescape(key)) for key in ids]
-            found = [(key, info) for key, info in zip(ids, stats, strict=True) if info is not None]
-            versions = [f"{info.st_mtime_ns:x}-{info.st_size:x}" for _, info in found]
-            sizes = [info.st_size for _, info in found]
-            if found:
-                keys = [key for key, _ in found]
-                yield self.describe(keys, versions, sizes)
+        for listed_ids in chunked(self._walk(""), LISTED):
+            ids, versions, sizes = [], [], []
+            for key in listed_ids:
+                info = _stat(self.root + unescape(key))
+                if info is not None:
+                    ids.append(key)
+                    versions.append(f"{info.st_mtime_ns:x}-{info.st_size:x}")
+                    sizes.append(info.st_size)
+            if ids:
+                yield self.describe(ids, versions, sizes)
 
     def read(self, rows: pa.RecordBatch, limits: Limits = LIMITS) -> Payload:
         return [self._read(self.root + unescape(key), limits) for key in rows["id"].to_pylist()]

@@ -13,6 +13,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -23,7 +24,7 @@ import PIL
 import pyarrow as pa
 from PIL import Image
 
-from data.batches import Batch, stream
+from data.batches import stream
 from data.commit import Made, Manifest, Part, Progress, put_manifest, read_manifest, run_shards, work_shard
 from data.duplicates import count_duplicates
 from data.files import StoredFile, read_file
@@ -39,6 +40,7 @@ ROW_BYTES = 120  # of a row's id, hash, split, label and sizes, roughly
 METADATA = b"vae-flows"  # key of the JSON in every file's schema metadata
 
 Encode = Callable[[np.ndarray, list[str]], dict[str, np.ndarray]]
+Facts = tuple[pa.RecordBatch, list[bytes], np.ndarray]  # a batch's rows of the listing, hashes and sizes
 Sample = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
@@ -119,16 +121,15 @@ class EncodeJob:
     limits: Limits
 
     def make(self, rows: pa.Table, encode: Encode) -> Made:
-        """Read, decode and encode one shard's rows."""
-        pieces, rejects = [], []
-        batches = stream(
-            self.source, self.decode, self.batch_size, rows=rows.to_batches(), limits=self.limits
-        )
-        for batch in batches:
+        """Read, decode and encode one shard's rows; of a batch's images nothing is kept."""
+        batches, known, rejects = rows.to_batches(), [], []
+        block = _Block(self.columns, rows.num_rows)
+        for batch in stream(self.source, self.decode, self.batch_size, rows=batches, limits=self.limits):
             rejects += batch.rejects
             if len(batch.images):
-                pieces.append(self._table(batch, encode(batch.images, batch.ids)))
-        return Made(pa.concat_tables(pieces) if pieces else self.schema.empty_table(), rejects)
+                block.add(encode(batch.images, batch.ids), len(batch.images))
+                known.append((batch.rows, batch.hashes, batch.sizes))
+        return Made(self._table(known, block) if known else self.schema.empty_table(), rejects)
 
     @property
     def schema(self) -> pa.Schema:
@@ -146,22 +147,51 @@ class EncodeJob:
         ]
         return pa.schema(fields, metadata={METADATA: json.dumps(self.metadata, sort_keys=True)})
 
-    def _table(self, batch: Batch, numbers: dict[str, np.ndarray]) -> pa.Table:
-        rows = batch.rows
-        ids, own = batch.ids, rows["split"].to_pylist()
+    def _table(
+        self, batches: list[tuple[pa.RecordBatch, list[bytes], np.ndarray]], block: _Block
+    ) -> pa.Table:
+        pieces, hashes, sizes_of = zip(*batches, strict=True)
+        rows, sizes = pa.Table.from_batches(pieces), np.concatenate(sizes_of)
+        own = rows["split"].to_pylist()
+        splits = assign_splits(rows["id"].to_pylist(), own, self.source.splits)
         known = {
             "id": rows["id"],
-            "source": pa.array([self.source.uri] * len(ids), pa.string()),
-            "content_hash": pa.array(batch.hashes, pa.binary(16)),
-            "split": pa.array(assign_splits(ids, own, self.source.splits), pa.string()),
+            "source": pa.array([self.source.uri] * len(rows), pa.string()),
+            "content_hash": pa.array(chain.from_iterable(hashes), pa.binary(16)),
+            "split": pa.array(splits, pa.string()),
             "label": rows["label"],
-            "width": pa.array(batch.sizes[:, 0], pa.int32()),
-            "height": pa.array(batch.sizes[:, 1], pa.int32()),
+            "width": pa.array(sizes[:, 0], pa.int32()),
+            "height": pa.array(sizes[:, 1], pa.int32()),
             **{name: rows[name] for name in self.source.columns.names},
+            **block.arrays(),
         }
-        for name, width, dtype in self.columns.fields():
-            known[name] = _float_array(numbers, name, (len(ids), width), dtype)
         return pa.table([known[name] for name in self.schema.names], schema=self.schema)
+
+
+class _Block:
+    """A shard's numbers, in arrays that are there from the start: nothing of a batch outlives it."""
+
+    def __init__(self, columns: LatentColumns, rows: int):
+        self._widths = {name: width for name, width, _ in columns.fields()}
+        self._values = {
+            name: np.empty((rows,) if width is None else (rows, width), dtype)
+            for name, width, dtype in columns.fields()
+        }
+        self._filled = 0
+
+    def add(self, numbers: dict[str, np.ndarray], count: int) -> None:
+        """The encoder's numbers of the next `count` images; ValueError where they are not what was agreed."""
+        start, self._filled = self._filled, self._filled + count
+        for name, values in self._values.items():
+            place = values[start : self._filled]
+            place[...] = _sound(name, numbers[name], place.shape, place.dtype)
+
+    def arrays(self) -> dict[str, pa.Array]:
+        """The columns as Arrow's."""
+        return {
+            name: _float_array(values[: self._filled], self._widths[name])
+            for name, values in self._values.items()
+        }
 
 
 def plan_encode(
@@ -427,18 +457,20 @@ def _float_field(name: str, width: int | None, dtype: str) -> pa.Field:
     return pa.field(name, pa.list_(pa.field("element", kind, nullable=False), width), nullable=False)
 
 
-def _float_array(
-    numbers: dict[str, np.ndarray], name: str, shape: tuple[int, int | None], dtype: str
-) -> pa.Array:
-    values = np.asarray(numbers[name], np.dtype(dtype))
-    expected = tuple(size for size in shape if size is not None)
-    if values.shape != expected:
-        raise ValueError(f"the encoder gave {name} of shape {values.shape}, the table has {expected}")
+def _sound(name: str, given: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """What a model gave as the table holds it; ValueError where its shape is another or it is not finite."""
+    values = np.asarray(given, dtype)
+    if values.shape != shape:
+        raise ValueError(f"the model gave {name} of shape {values.shape}, the table has {shape}")
     if not np.isfinite(values).all():
-        raise ValueError(f"the encoder gave a {name} that is not finite in {dtype}")
-    if shape[1] is None:
+        raise ValueError(f"the model gave a {name} that is not finite in {dtype}")
+    return values
+
+
+def _float_array(values: np.ndarray, width: int | None) -> pa.Array:
+    if width is None:
         return pa.array(values)
-    kind = _float_field(name, shape[1], dtype).type
+    kind = _float_field("", width, str(values.dtype)).type
     return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), type=kind)
 
 
@@ -458,7 +490,7 @@ def _sample_rows(places: np.ndarray, sample: Sample, seed: int, dims: int, about
         pa.array([f"{place:012d}" for place in places], pa.string()),
         pa.array(places, pa.int64()),
         pa.array([seed] * len(places), pa.int64()),
-        _float_array({"z": z}, "z", (len(places), dims), "float32"),
+        _float_array(_sound("z", z, (len(places), dims), np.dtype(np.float32)), dims),
         pa.array(png, _IMAGE),
     ]
     return pa.table(columns, schema=_sample_schema(dims, about))
