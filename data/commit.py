@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data.clock import spent
 from data.files import StoredFile, parquet_bytes, parquet_table, read_file, stored_file
 from data.images import Reject
 from data.plan import Plan, Record, Shard, plan_rows, read_record, snapshot_numbers
@@ -132,9 +133,10 @@ def work_shard(plan: Plan, shard: Shard, make: Callable[[pa.Table], Made], sourc
     made = None
     if not store.exists(shard.part):
         made = _carry(plan, shard, listed) if shard.carry else make(listed)
-        data = parquet_bytes(made.table)
-        if not store.put_if_absent(shard.part, data):
-            made = None
+        with spent("write"):
+            data = parquet_bytes(made.table)
+            if not store.put_if_absent(shard.part, data):
+                made = None
     if made is None:
         data = store.get(shard.part)
         stored = parquet_table(data, ["id"], checksums=True)

@@ -9,6 +9,7 @@ from typing import Any
 from data.sources import open_source
 from flows.config import (
     Bootstrap,
+    Browse,
     Clean,
     Command,
     Follow,
@@ -59,6 +60,12 @@ def _table(config: Tables) -> None:
         open_store(config.table or config.root).check()
     else:
         read_about(open_store(config.table).check())
+
+
+def _browsed(config: Browse) -> None:
+    from data.tables import open_table
+
+    open_table(config.table)
 
 
 def _root(config: Command) -> None:
@@ -114,6 +121,7 @@ CHECKS: tuple[tuple[Any, Callable[[Any], None]], ...] = (
     (Images, _source),
     (WithModel | Pull, _model),
     (Tables, _table),
+    (Browse, _browsed),
     (Registered | Lineage | Clean | Reconcile, _named),
     (Registered, _champion),
     (Lineage, _thing),

@@ -34,6 +34,7 @@ COMMANDS = {
     "encode": ("Encode", "images -> a Parquet table of latents"),
     "drift": ("Drift", "do new images differ from those that a model came from?"),
     "sample": ("Sample", "the prior -> a Parquet table of images"),
+    "report": ("Report", "what a model has learned, as one HTML page with figures"),
     "reconstruct": ("Reconstruct", "images over their reconstructions, as a picture"),
     "interpolate": ("Interpolate", "the way from one image to another, as a picture"),
     "edit": ("Edit", "an image with an attribute added by degree, as a picture"),
@@ -48,6 +49,8 @@ COMMANDS = {
     "doctor": ("Doctor", "check devices, servers, credentials and versions, and say what to do"),
     "pull": ("Pull", "a model's bundle from the registry to a folder"),
     "export": ("Export", "a model as torch.export programs and ONNX, to a folder"),
+    "show": ("Show", "some rows of a table, with thumbnails of their images"),
+    "nearest": ("Nearest", "the images whose latents lie closest to one"),
     "tables": ("Tables", "list, show, verify and sweep tables"),
 }
 

@@ -13,11 +13,11 @@ from types import FrameType
 from typing import Any
 
 from flows.checks import check
-from flows.config import Clean, Command, Encode, Serve, Tables
+from flows.config import Clean, Command, Encode, Serve, Tables, to_toml
 from flows.environment import make_root, prepare
 
 # Commands that are no flow.
-DRAWING = {"reconstruct", "interpolate", "edit"}
+DRAWING = {"reconstruct", "interpolate", "edit", "show", "nearest"}
 KEEPING = {"serve", "bootstrap", "clean", "doctor"}
 TOOLS = {"pull", "export", "lineage", "tables", *DRAWING, *KEEPING}
 INTERRUPTED, TERMINATED = 130, 143  # a shell's exit codes for SIGINT and SIGTERM
@@ -65,19 +65,6 @@ def dry_run(command: str, config: Command, *, as_json: bool) -> int:
         values["removes"] = plan(config).told()
     print(json.dumps(values, indent=2) if as_json else to_toml(values))
     return 0
-
-
-def to_toml(values: dict[str, Any]) -> str:
-    """A configuration as TOML that --config reads back; what is not set stands as a comment."""
-    import tomli_w
-
-    unset = [f"# {name}: not set" for name, value in values.items() if value is None]
-    return "\n".join([*unset, tomli_w.dumps(_without_none(values)).rstrip()])
-
-
-def _without_none(values: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in values.items() if value is not None}
-    return {name: _without_none(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def _call(command: str, config: Command) -> Any:

@@ -254,6 +254,20 @@ class Pull(Command):
     directory: Path = Field(description="a new folder for the bundle", json_schema_extra=ARGUMENT)
 
 
+class Report(Scoring, WithModel):
+    """Draw what a model has learned as one HTML page, with its figures."""
+
+    model: str = Field(
+        description="models:/NAME@champion, models:/NAME/VERSION or a bundle's folder",
+        json_schema_extra=ARGUMENT,
+    )
+    source: str = Field("", description="images to show it on; by default the snapshot it was trained on")
+    points: int = Field(10_000, ge=2, le=50_000, description="images on the latent map, at most")
+    out: Path | None = Field(
+        None, description="file for the page, beside the one that is kept under the root"
+    )
+
+
 class Export(Pull):
     """Write a model's encoder and decoder as graphs that need no code of ours."""
 
@@ -322,6 +336,29 @@ class Tables(Command):
         if self.action != "list" and not self.table:
             raise ValueError(f"no table given: vae-flows tables {self.action} TABLE, a path or URL")
         return self
+
+
+class Browse(Command):
+    """What the commands take that look into a table."""
+
+    table: str = Field(
+        description="path or URL of a table: latents, samples or a snapshot", json_schema_extra=ARGUMENT
+    )
+    count: int = Field(10, ge=1, le=10_000, description="rows to show")
+    seed: int = Field(0, ge=0, description="of the draw, or of the noise")
+
+
+class Show(Browse):
+    """Print some rows of a table, drawn at random, with the paths of thumbnails of their images."""
+
+
+class Nearest(Browse):
+    """Show the images whose latents lie closest to that of an image."""
+
+    image: str = Field(description="an id in the table, or an image file", json_schema_extra=ARGUMENT)
+    model: str = Field("", description="encodes an image file; by default the model that made the table")
+    device: Device = Field("auto", description="auto: the GPU when there is one")
+    picture: Path = Field(Path("nearest.png"), description="file for a picture: the image, then the others")
 
 
 class Evaluate(Scoring, Images, WithModel):
@@ -460,6 +497,19 @@ def narrow(command: type[C], config: Command, **changes: Any) -> C:
         name: getattr(config, name) for name in type(config).model_fields if name in command.model_fields
     }
     return command(**{**shared, **changes})
+
+
+def to_toml(values: dict[str, Any]) -> str:
+    """A configuration as TOML that --config reads back; what is not set stands as a comment."""
+    import tomli_w
+
+    unset = [f"# {name}: not set" for name, value in values.items() if value is None]
+    return "\n".join([*unset, tomli_w.dumps(_without_none(values)).rstrip()])
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in values.items() if value is not None}
+    return {name: _without_none(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def source_name(uri: str) -> str:

@@ -28,7 +28,7 @@ from flows.progress import progress
 from flows.registry import Located, locate
 from flows.results import Table, told
 from flows.runners import Order, batch_encoder, encode_elsewhere, load_encoder, parse_part
-from flows.tracking import tracked
+from flows.tracking import Run, tracked
 
 logger = logging.getLogger("vae_flows.encode")
 MEASURED_BATCHES = 8  # that an estimate of the time is made on
@@ -41,7 +41,7 @@ def encode(config: Encode) -> Table:
     with tracked(config) as run:
         model = locate(config.model)
         logger.info("encode: %s with %s", config.source, model.uri)
-        table = encode_images(config, model)
+        table = encode_images(config, model, run)
         _tell(table)
         remember_table(config.root, table.uri)
         if config.follow:
@@ -53,12 +53,12 @@ def encode(config: Encode) -> Table:
 
 
 @task(cache_policy=NO_CACHE)
-def encode_images(config: Encode, model: Located) -> Table:
+def encode_images(config: Encode, model: Located, run: Run) -> Table:
     """Plan, then read, decode, encode and commit shard after shard."""
     started = time.monotonic()
     job = plan(config, model)
     logger.info("encode: %d images in %d shards, %s", job.plan.rows, len(job.plan.shards), config.runner)
-    with progress("encode") as advance:
+    with progress("encode", run) as advance:
         result = work(
             config,
             model,

@@ -17,6 +17,7 @@ from flows.config import Evaluate, Ingest, narrow
 from flows.devices import pick_device
 from flows.ingest import snapshot_of
 from flows.jobs import digest, job_store, put_record, read_record
+from flows.progress import progress
 from flows.registry import Located, locate
 from flows.results import Ingested, Scores, number
 from flows.tracking import Run, tracked
@@ -37,7 +38,7 @@ def evaluate(config: Evaluate) -> Scores:
             logger.info("evaluate: unchanged, %s is scored", model.uri)
             scores = Scores(**record)
         else:
-            scores = score(config, model, ingested, job)
+            scores = score(config, model, ingested, job, run)
         if run.wants(scores):
             _log(run, scores)
         return run.sign(scores)
@@ -54,7 +55,7 @@ def _log(run: Run, scores: Scores) -> None:
 
 
 @task(cache_policy=NO_CACHE)
-def score(config: Evaluate, model: Located, ingested: Ingested, job: str) -> Scores:
+def score(config: Evaluate, model: Located, ingested: Ingested, job: str, run: Run) -> Scores:
     """Score every image; commit the terms of each image, then the record."""
     import vae
     from vae.evaluate import evaluate as evaluate_model
@@ -65,14 +66,16 @@ def score(config: Evaluate, model: Located, ingested: Ingested, job: str) -> Sco
             f"{ingested.snapshot} has no image in split {config.split!r}: choose another --split"
         )
     logger.info("evaluate: %d %s images", len(split.images), config.split)
-    found = evaluate_model(
-        vae.load(model.folder),
-        split.images,
-        split.ids,
-        seed=config.seed,
-        k=config.importance_samples,
-        device=pick_device(config.device),
-    )
+    with progress("evaluate", run) as advance:
+        found = evaluate_model(
+            vae.load(model.folder),
+            split.images,
+            split.ids,
+            seed=config.seed,
+            k=config.importance_samples,
+            device=pick_device(config.device),
+            progress=lambda done, total: advance(done, total, "images"),
+        )
     record = Scores(
         job=job,
         model=model.uri,

@@ -25,7 +25,7 @@ def ingest(config: Ingest) -> Ingested:
     """The snapshot of a source: found where nothing changed, else written and logged as the run's input."""
     with tracked(config) as run:
         logger.info("ingest: reading %s", config.source)
-        ingested = write_snapshot(config)
+        ingested = write_snapshot(config, run)
         state = "written" if ingested.changed else "unchanged"
         logger.info(
             "ingest: snapshot %s %s: %d images %s",
@@ -49,9 +49,9 @@ def ingest(config: Ingest) -> Ingested:
 
 
 @task(cache_policy=NO_CACHE)
-def write_snapshot(config: Ingest) -> Ingested:
+def write_snapshot(config: Ingest, run: Run) -> Ingested:
     """Scan, decode and commit."""
-    with progress("ingest") as advance:
+    with progress("ingest", run) as advance:
         snapshot = ingest_images(
             limited(open_images(config), config.limit),
             config.decode,

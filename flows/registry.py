@@ -214,6 +214,29 @@ def require(name: str) -> None:
         raise ValueError(f"no model {name!r} in the registry: {error.message}") from error
 
 
+def exists(name: str, version: str) -> bool:
+    """Whether the registry has this version."""
+    import mlflow
+
+    try:
+        client().get_model_version(name, version)
+    except mlflow.MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+    return True
+
+
+def run_of(name: str, version: str) -> str:
+    """The MLflow run that made a version."""
+    return str(client().get_model_version(name, version).run_id)
+
+
+def describe(name: str, version: str, card: str) -> None:
+    """Put a model card where the registry shows it: a version's description."""
+    client().update_model_version(name, version, description=card)
+
+
 def tags(name: str, version: str) -> dict[str, str]:
     """A version's tags; ValueError where there is no such version."""
     import mlflow

@@ -419,6 +419,34 @@ class Drawn(Result):
         return "\n".join([f"{self.images} images of {self.model} in {self.picture}", *table, *self.notes])
 
 
+class Browsed(Result):
+    """Rows of a table: their scalar columns, `distance` where they are neighbours, and a thumbnail's path."""
+
+    table: str
+    rows: list[dict[str, Any]]
+    picture: str | None = None
+
+    def summary(self) -> str:
+        names = list(self.rows[0]) if self.rows else []
+        cells = [names, *([_cell(row[name]) for name in names] for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+        return "\n".join([*lines, *([f"picture {self.picture}"] if self.picture else [])])
+
+
+class Reported(Result):
+    """A model's report: the page, its size in bytes, and its figures beside it."""
+
+    model: str
+    page: str
+    figures: list[str]
+    bytes: int
+
+    def summary(self) -> str:
+        size = f"{self.bytes / 1e6:.1f} MB, and {len(self.figures)} figures as PNGs"
+        return f"{_state(self)}report of {self.model}: {self.page}\n  {size}"
+
+
 class Retrained(Result):
     """Everything a retrain leaves behind."""
 
@@ -433,6 +461,7 @@ class Retrained(Result):
     latents: Table | None
     followed: list[Table]
     samples: Table | None
+    report: Reported
 
     def summary(self) -> str:
         verdict = "is champion" if self.verdict.promoted else "stays challenger"
@@ -445,7 +474,14 @@ class Retrained(Result):
         for name, table in (("latents", self.latents), ("samples", self.samples)):
             if table is not None:
                 lines.append(f"{name}  {table.rows:,} rows of {table.model} in {table.uri}\n{table.read()}")
+        lines.append(f"report   {self.report.page}")
         return "\n".join([*lines, f"MLflow   run {self.run_id}" if self.run_id else "MLflow   no new run"])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def told(result: Ingested | Table) -> str:

@@ -8,13 +8,14 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows import registry
-from flows.config import Encode, Evaluate, Follow, Ingest, Retrain, Sample, Train, narrow
+from flows.config import Encode, Evaluate, Follow, Ingest, Report, Retrain, Sample, Train, narrow
 from flows.encode import encode
 from flows.evaluate import evaluate
 from flows.follow import follow
 from flows.followers import subscribe
 from flows.gate import gate
 from flows.ingest import ingest
+from flows.report import report
 from flows.results import Retrained, Scores, Table, Trained, Verdict
 from flows.sample import sample
 from flows.tracking import Run, tracked
@@ -37,17 +38,19 @@ def retrain(config: Retrain) -> Retrained:
         latents = encode_with_champion(config, champion, source)
         followed = follow(narrow(Follow, config, name=config.model_name)).tables
         samples = sample_champion(config, champion)
+        model_uri = f"models:/{config.model_name}/{version}"
+        drawn = report(narrow(Report, config, model=model_uri, source=source, out=None))
         if run.wants(verdict):
             run.log_json("gate.json", verdict.model_dump())
         result = Retrained(
             changed=any(
                 part.changed
-                for part in (ingested, trained, scores, verdict, latents, samples, *followed)
+                for part in (ingested, trained, scores, verdict, latents, samples, drawn, *followed)
                 if part
             ),
             model_name=config.model_name,
             version=version,
-            model_uri=f"models:/{config.model_name}/{version}",
+            model_uri=model_uri,
             champion_uri=champion or "",
             verdict=verdict,
             ingested=ingested,
@@ -56,6 +59,7 @@ def retrain(config: Retrain) -> Retrained:
             latents=latents,
             followed=followed,
             samples=samples,
+            report=drawn,
         )
         return run.sign(result)
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data.clock import spent
 from data.commit import Part, Progress, Tally, in_turn
 from data.sources import limited, open_source
 from data.store import open_store
@@ -83,7 +84,8 @@ def batch_encoder(
     """Images and ids to the columns of a latent table."""
 
     def encode(images: np.ndarray, ids: list[str]) -> dict[str, np.ndarray]:
-        latents = encoder.encode(images, ids, scores=order.scores, seed=order.seed)
+        with spent("model"):
+            latents = encoder.encode(images, ids, scores=order.scores, seed=order.seed)
         return kept(vars(latents), columns)
 
     return encode

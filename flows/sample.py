@@ -22,7 +22,7 @@ from flows.mixture import Mixture, mixture_of, table_key
 from flows.progress import progress
 from flows.registry import Located, locate
 from flows.results import Table
-from flows.tracking import tracked
+from flows.tracking import Run, tracked
 
 if TYPE_CHECKING:
     import vae
@@ -42,7 +42,7 @@ def sample(config: Sample) -> Table:
                 "with --prior mixture --table TABLE"
             )
         logger.info("sample: %d images from %s", config.count, model.uri)
-        table = sample_images(config, model)
+        table = sample_images(config, model, run)
         remember_table(config.root, table.uri)
         state = "written" if table.changed else "unchanged"
         logger.info("sample: %d rows %s: %s", table.rows, state, table.uri)
@@ -55,12 +55,12 @@ def sample(config: Sample) -> Table:
 
 
 @task(cache_policy=NO_CACHE)
-def sample_images(config: Sample, model: Located) -> Table:
+def sample_images(config: Sample, model: Located, run: Run) -> Table:
     """Draw, decode and commit shard after shard."""
     started = time.monotonic()
     facts = model.facts()
     prior = table_key(config, model) if config.prior == "mixture" else {}
-    with progress("sample") as advance:
+    with progress("sample", run) as advance:
         result = write_samples(
             open_store(config.out or config.root.resolve() / "samples"),
             Sampler(config, model),

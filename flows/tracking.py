@@ -15,10 +15,11 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from flows.config import Command
+from flows.config import Command, to_toml
 from flows.environment import make_root, prepare
 from flows.jobs import digest, lock
 from flows.results import Result
@@ -32,6 +33,7 @@ JOB_TAG = "vae_flows.job"
 # Set when a run has ended for good. Its status doesn't tell: MLflow's log_model sets FINISHED midway.
 ENDED_TAG = "vae_flows.ended"
 FLOW_RUN_TAG = "vae_flows.flow_run"  # Prefect's run of the latest attempt
+CONFIG = "config.toml"  # the artifact that `--config` reads back
 FLUSH_SECONDS = 2.0  # a batch of metrics costs 0.1 s, a single one 0.02 s
 _active: ContextVar[Run | None] = ContextVar("run", default=None)
 
@@ -124,11 +126,12 @@ class Run:
         client().log_dict(self.id, content, name)
 
     def log_bytes(self, name: str, content: bytes) -> None:
-        """A file of this content as an artifact."""
+        """A file of this content as an artifact; `name` may name a folder of artifacts too."""
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, name)
+            path = Path(folder, Path(name).name)
             path.write_bytes(content)
-            client().log_artifact(self.id, str(path))
+            parent = str(Path(name).parent)
+            client().log_artifact(self.id, str(path), None if parent == "." else parent)
 
     def log_image(self, name: str, png: bytes, step: int) -> None:
         """A picture of a step; MLflow shows those of one name with a slider over the steps."""
@@ -190,6 +193,7 @@ def _create(config: Command) -> str:
     run = client().create_run(_experiment(config.root), tags=tags, run_name=command)
     params = [Param(name, str(value)) for name, value in _flat(config.model_dump(mode="json")).items()]
     client().log_batch(run.info.run_id, params=params)
+    client().log_text(run.info.run_id, to_toml(config.model_dump(mode="json")), CONFIG)
     return str(run.info.run_id)
 
 
@@ -215,6 +219,32 @@ def close(run_id: str, status: str, reason: str) -> None:
     if status != "KILLED":
         client().set_tag(run_id, ENDED_TAG, status)
     client().set_terminated(run_id, status)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What MLflow keeps of a run."""
+
+    id: str
+    config: str  # the command's settings as TOML; '' where they were not kept
+    metrics: dict[str, float]
+    url: str
+
+
+def recorded(run_id: str) -> Recorded | None:
+    """A run as it stands; None where it has been deleted."""
+    import mlflow
+
+    try:
+        run = client().get_run(run_id)
+    except mlflow.MlflowException:
+        return None
+    uri = mlflow.get_tracking_uri()
+    server = uri.startswith(("http://", "https://"))
+    url = f"{uri}/#/experiments/{run.info.experiment_id}/runs/{run_id}" if server else ""
+    kept = {artifact.path for artifact in client().list_artifacts(run_id)}
+    config = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/{CONFIG}") if CONFIG in kept else ""
+    return Recorded(run_id, config, dict(run.data.metrics), url)
 
 
 def _job(config: Command) -> str:

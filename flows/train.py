@@ -51,6 +51,8 @@ def train(config: Train) -> Trained:
                 trained = fit_model(config, ingested, job, run)
         if run.wants(trained):
             run.log_json("history.json", read_history(job_store(config.root, job)))
+            rate = trained.images_per_second
+            run.log_metrics({"time/train_seconds": trained.seconds, "time/train_per_second": rate})
         return run.sign(trained)
 
 

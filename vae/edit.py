@@ -95,6 +95,18 @@ def move(latents: np.ndarray, direction: np.ndarray, degrees: Sequence[float]) -
     return latents[:, None] + np.asarray(degrees, np.float64)[:, None] * direction
 
 
+def traverse(latent: np.ndarray, dimension: int, values: Sequence[float]) -> np.ndarray:
+    """A latent (D,) with one dimension at each of S values: (S, D).
+
+    >>> traverse(np.array([5.0, 7.0]), 1, [-1, 1])
+    array([[ 5., -1.],
+           [ 5.,  1.]])
+    """
+    moved = np.repeat(latent[None], len(values), 0)
+    moved[:, dimension] = values
+    return moved
+
+
 def movement(
     latents: np.ndarray, attributes: np.ndarray, before: np.ndarray, after: np.ndarray
 ) -> np.ndarray:

@@ -10,7 +10,7 @@ Legend: N images, B batch, K importance samples, L levels, D latent dimensions, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,7 @@ def evaluate(
     batch_size: int | None = None,
     chunk: int | None = None,
     device: str | torch.device | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Score images (N, C, H, W) uint8 by their ids, batch_size images and `chunk` of the k draws at a time.
 
@@ -85,6 +86,7 @@ def evaluate(
     Of a generative one: elbo, log_likelihood and kl at one draw, kl_per_level, kl_per_dim (closed form
     only), active_units, iw_bound (K = k) and effective_samples (of those k), bits_per_dim of the ELBO
     (8-bit likelihoods), and mutual_information + marginal_kl, the split of the KL (one level only).
+    progress is called with how many images are done, of how many.
 
     Raises:
         ValueError: no images, or images that do not fit the model.
@@ -100,10 +102,12 @@ def evaluate(
     chunk = chunk or max(1, pixels.rows_at_once(model.config, most=1024) // batch_size)
     parts = []
     for rows in slices(len(images), batch_size):
+        progress(rows.start, len(images))
         batch = pixels.tensor(images[rows]).to(model.device)
         parts.append(_measure_batch(model, batch, IdDraws(seed, ids[rows], model.device), k, chunk))
         if rows.start >= MIXTURE_LIMIT:
             parts[-1].latents.clear()
+    progress(len(images), len(images))
     whole = merge(parts)
     _require_finite(whole, ids)
     columns = {name: column for name, column in whole.columns.items() if column.ndim == 1}

@@ -1,0 +1,184 @@
+"""The report as one HTML file: everything in it, nothing fetched, and all that comes from data escaped."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from flows.charts import PALETTE, Chart, plotly
+from flows.dossier import Dossier
+from flows.facts import context, number
+from flows.figures import shrink, tile, webp
+from flows.portrait import OUTLIERS, OWN, TEMPERATURES, Film, Map, Pairs, Samples, Sitter, Traversal
+
+ASSETS = files("flows") / "assets"
+SIDE = 64  # pixels that an image's longer side has at most in the page
+SHOWN = 56  # pixels on the screen that a small image is enlarged to, about
+SPRITE = 8_000_000  # pixels of all the map's images together, which keeps them under 3 MB
+LOSSLESS = 32 * 32 * 640  # pixels of a grey sheet that is kept to the bit
+LABELS = 20  # that the map tells apart; the rarer ones are shown as one
+SYMBOLS = ("circle", "diamond", "square")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the page shows of a model."""
+
+    pairs: list[Pairs]
+    samples: list[Samples]
+    interpolations: list[Film]
+    edits: list[Film]
+    traversals: list[Traversal]
+    map: Map
+    charts: list[Chart]
+    scores: Chart
+
+
+class Page:
+    """The page of a report, from what is on record and what the model shows."""
+
+    def __init__(self, dossier: Dossier, sitter: Sitter, shown: Shown):
+        self.dossier, self.sitter, self.shown = dossier, sitter, shown
+        _, height, width = sitter.model.config.image_shape
+        shrunk = min(1.0, SIDE / max(height, width))
+        self.width, self.height = max(1, round(width * shrunk)), max(1, round(height * shrunk))
+        self.zoom = max(1, round(SHOWN / max(self.width, self.height)))
+
+    def html(self) -> str:
+        """The whole file."""
+        from jinja2 import Environment, FunctionLoader, StrictUndefined
+        from plotly.offline import get_plotlyjs
+
+        environment = Environment(
+            loader=FunctionLoader(lambda name: (ASSETS / name).read_text()),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        environment.filters |= {"number": number, "image": self.image, "json": to_json}
+        page = environment.get_template("report.html")
+        return page.render(
+            **context(self.dossier),
+            page=self,
+            shown=self.shown,
+            plotly=plotly,
+            css=Markup((ASSETS / "report.css").read_text()),
+            script=Markup((ASSETS / "report.js").read_text()),
+            library=Markup(get_plotlyjs()),
+            temperatures=TEMPERATURES,
+            captions=[f"temperature {temperature:g}" for temperature in TEMPERATURES],
+            own=OWN,
+        )
+
+    def image(self, images: np.ndarray, columns: int = 0, gap: int = 0) -> str:
+        """Images (N, C, H, W), or one (C, H, W), as the URI of one sheet of `columns`, by default a row."""
+        images = shrink(images[None] if images.ndim == 3 else images, SIDE)
+        page = tile(images, columns or len(images), gap)
+        page = page if gap else page[:, :, :-1]
+        exact = images.shape[1] == 1 and images.size <= LOSSLESS
+        return data_uri(webp(page, None if exact else 82))
+
+    def strip(self, frames: np.ndarray) -> str:
+        """The frames of a film in a row, each with a transparent column at its right: all are as wide."""
+        page = np.pad(tile(shrink(frames, SIDE), len(frames), gap=1), ((0, 0), (0, 1), (0, 0)))
+        return data_uri(webp(page, None if page.shape[2] == 2 else 82))
+
+    def samples(self, samples: Samples) -> str:
+        """The sheets of all temperatures side by side, as one."""
+        sheets = [shrink(sheet, SIDE) for sheet in samples.sheets]
+        tiled = [tile(sheet, math.isqrt(len(sheet)), gap=1) for sheet in sheets]
+        tiled = [np.pad(sheet, ((0, 1), (0, 1), (0, 0))) for sheet in tiled]
+        return data_uri(webp(np.concatenate(tiled, axis=1), None if tiled[0].shape[2] == 2 else 82))
+
+    @cached_property
+    def typical(self) -> tuple[float, float]:
+        """The median score, and the robust standard deviation around it."""
+        middle = float(np.median(self.sitter.scores))
+        return middle, 1.4826 * float(np.median(np.abs(self.sitter.scores - middle)))
+
+    def outliers(self) -> list[dict[str, Any]]:
+        """The images that fit worst: id, path, label, score, and how far from the median that is."""
+        places = self.sitter.order[:OUTLIERS]
+        reconstructions = self.sitter.decode(self.sitter.latents[places])
+        middle, spread = self.typical
+        return [
+            {
+                "image": self.sitter.shown.images[place],
+                "reconstruction": reconstruction,
+                "id": self.sitter.shown.ids[place],
+                "path": self.dossier.path(self.sitter.shown.ids[place]),
+                "label": self.sitter.shown.labels[place],
+                "score": float(self.sitter.scores[place]),
+                "away": (float(self.sitter.scores[place]) - middle) / spread if spread else None,
+            }
+            for place, reconstruction in zip(places, reconstructions, strict=True)
+        ]
+
+    def legend(self) -> list[dict[str, Any]]:
+        """The map's labels with their colour, symbol and count; the rarest together as the last."""
+        return [
+            {
+                "name": name,
+                "color": PALETTE[-1] if other else PALETTE[n % (len(PALETTE) - 1)],
+                "symbol": "circle" if other else SYMBOLS[n // (len(PALETTE) - 1) % len(SYMBOLS)],
+                "count": count,
+            }
+            for n, (name, count, other) in enumerate(self._labels)
+        ]
+
+    @cached_property
+    def _labels(self) -> list[tuple[str, int, bool]]:
+        counts = Counter(self.sitter.shown.labels[place] or "no label" for place in self.shown.map.places)
+        common = sorted(name for name, _ in counts.most_common(LABELS))
+        rest = sum(counts.values()) - sum(counts[name] for name in common)
+        kept = [(name, counts[name], False) for name in common]
+        return [*kept, (f"{len(counts) - len(common)} other labels", rest, True)] if rest else kept
+
+    def points(self) -> dict[str, Any]:
+        """What the map's script needs of each point, and where its image is in the sprite."""
+        places = self.shown.map.places
+        names = {name: n for n, (name, _, other) in enumerate(self._labels) if not other}
+        labels = [self.sitter.shown.labels[place] or "no label" for place in places]
+        side = math.isqrt(SPRITE // len(places))
+        thumbs = shrink(self.sitter.shown.images[places], min(SIDE, side))
+        columns = math.ceil(math.sqrt(len(places)))
+        exact = thumbs.shape[1] == 1 and thumbs.size <= LOSSLESS
+        return {
+            "ids": [self.sitter.shown.ids[place] for place in places],
+            "label": [names.get(label, len(names)) for label in labels],
+            "labels": labels if len(names) < len(set(labels)) else [],
+            "legend": self.legend(),
+            "score": [round(float(score), 2) for score in self.sitter.scores[places]],
+            "scoreName": self.dossier.score_name,
+            "projections": {
+                name: {"x": xy[:, 0].round(3).tolist(), "y": xy[:, 1].round(3).tolist()}
+                for name, xy in self.shown.map.points.items()
+            },
+            "sprite": {
+                "uri": data_uri(webp(tile(thumbs, columns)[:, :, :-1], None if exact else 60)),
+                "columns": columns,
+                "width": thumbs.shape[3],
+                "height": thumbs.shape[2],
+            },
+        }
+
+
+def data_uri(content: bytes) -> str:
+    """WebP bytes as a URI that holds them."""
+    return f"data:image/webp;base64,{base64.b64encode(content).decode()}"
+
+
+def to_json(value: Any) -> Markup:
+    """JSON that can stand in a script element: nothing in it can end the element."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
