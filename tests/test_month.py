@@ -20,19 +20,20 @@ import numpy as np
 import pytest
 from parts import need
 from PIL import Image
-from pipeline import command, environment, until
+from pipeline import command, environment, prefect_server_with_scheduler, until
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.sorting import FlowRunSort
 from sklearn.datasets import load_digits
 
 from data.tables import read_latents
 from flows import cli, promotion, registry
+from flows.bootstrap import bootstrap
 from flows.commands import to_toml
-from flows.config import Drift, Encode, Follow, Lineage, Promote, Retrain, Rollback, Serve
+from flows.config import Bootstrap, Drift, Encode, Follow, Lineage, Promote, Retrain, Rollback, Serve
 from flows.drift import drift
 from flows.encode import encode
 from flows.follow import follow
 from flows.lineage import lineage
-from flows.local_server import local_server
 from flows.promote import promote
 from flows.results import Drifted, Retrained, Table
 from flows.retrain import retrain
@@ -73,7 +74,8 @@ BAD = {"epochs": 1, "learning_rate": 1e-5}
 class Month:
     """The folder that images arrive in, and what a scheduler runs on it."""
 
-    def __init__(self, folder: Path, scale: Scale):
+    def __init__(self, folder: Path, scale: Scale, inbox: list[str]):
+        self.inbox = inbox  # what the operators are told
         self.root, self.folder = folder / "state", folder / "images"
         self.images, self.days = scale.images(), scale.days
         height, width = self.images.shape[1:]
@@ -106,10 +108,17 @@ class Month:
         """The arrived images against those of the champion's own snapshot."""
         return drift(Drift(root=self.root, model=f"models:/{NAME}@champion", source=self.settings["source"]))
 
+    def start(self, flow: str, **changes: Any) -> None:
+        """A run of a deployment by hand, its settings changed in Prefect's form."""
+        with get_client(sync_client=True) as client:
+            deployment = client.read_deployment_by_name(f"{flow}/{NAME}")
+            config = {**deployment.parameters["config"], **changes}
+            client.create_flow_run_from_deployment(deployment.id, parameters={"config": config})
+
     def served(self) -> list[str]:
         """The states of the runs that a deployment has started, by Prefect's own client."""
         with get_client(sync_client=True) as client:
-            runs = client.read_flow_runs()
+            runs = client.read_flow_runs(sort=FlowRunSort.EXPECTED_START_TIME_ASC)
         return [run.state_name or "" for run in runs if run.deployment_id]
 
     def champion(self) -> str:
@@ -131,16 +140,17 @@ class Month:
 
 
 @pytest.fixture
-def month(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Month]:
-    """The month's folders, a Prefect server with its scheduler, and `vae-flows serve` on them."""
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+def month(tmp_path: Path, request: pytest.FixtureRequest, inbox: tuple[str, list[str]]) -> Iterator[Month]:
+    """The month's folders, a Prefect server that notifies, and `vae-flows serve` on them."""
+    from prefect.blocks.notifications import CustomWebhookNotificationBlock
 
-    made = Month(tmp_path, request.param)
+    made = Month(tmp_path, request.param, inbox[1])
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"sqlite:///{made.root}/mlflow.db")
-    monkeypatch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{tmp_path}/prefect.db")
-    with local_server(services=True) as url, temporary_settings({PREFECT_API_URL: url}):
-        monkeypatch.setenv("PREFECT_API_URL", url)
+    with prefect_server_with_scheduler(tmp_path):
+        text = {"text": "{{subject}}: {{body}}"}
+        CustomWebhookNotificationBlock(name="inbox", url=inbox[0], json_data=text).save("ops")
+        bootstrap(Bootstrap(notify="custom-webhook/ops"))
         made.arrive(0, made.days[0])
         server = serve(made, tmp_path)
         yield made
@@ -206,6 +216,8 @@ def test_a_month(month: Month) -> None:
     assert month.made_of(dataset)[0] == {f"models:/{NAME}/1"}
     assert month.made_of(table.uri)[1] >= {table.uri, first.latents.uri, first.ingested.snapshot}
     assert flow_runs("retrain") == ["Completed"]
+    told = f"vae-flows: promotion: models:/{NAME}/1 is champion: the first sound version"
+    until(60, lambda: told in month.inbox)
 
     # Day 2: nothing new, nothing done.
     runs = len(mlflow.MlflowClient().search_runs(["1"]))
@@ -252,6 +264,11 @@ def test_a_month(month: Month) -> None:
     assert models == {f"models:/{NAME}/2"}
     assert set(followed) < tables
     assert table.uri not in followed, "another model's latents are another table"
+    until(60, lambda: len(month.inbox) == 3)
+    assert set(month.inbox[1:]) == {
+        f"vae-flows: drift: {drifted.new} drifts from models:/{NAME}/1: {drifted.reason}",
+        f"vae-flows: promotion: models:/{NAME}/2 is champion: {second.verdict.reason}",
+    }
 
     # Day 5: a bad configuration is refused, a worse model is not promoted, and nothing else changes.
     source = str(month.settings["source"])
@@ -265,6 +282,13 @@ def test_a_month(month: Month) -> None:
     challenger = mlflow.MlflowClient().get_model_version_by_alias(NAME, "challenger")
     assert str(challenger.version) == worse.version == "3"
     assert (month.tables_of("2"), month.tables_of("3")) == (followed, {})
+
+    # Somebody starts one by Prefect's form, on a folder that is not there: it fails, and that is told.
+    month.start("encode", source="folder:/no/such/folder")
+    until(120, lambda: month.served() == ["Completed", "Failed"])
+    until(60, lambda: len(month.inbox) == 4)
+    assert month.inbox[3].startswith("vae-flows: failure: encode ")
+    assert "no folder /no/such/folder" in month.inbox[3]
 
     # Day 6: back to the version before, its tables included; once more is refused; by hand forward again.
     back = rollback(Rollback(root=month.root, name=NAME))
