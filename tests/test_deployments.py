@@ -156,10 +156,19 @@ def test_the_form_is_typed(server: str, deployed: dict[str, Any]) -> None:
 def served(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """`vae-flows serve` of short retrainings, on a server of its own deployments; its root."""
     root = tmp_path_factory.mktemp("served")
-    crons = ("--retrain-cron", "", "--encode-cron", "", "--model-name", "served")
+    settings = (
+        "--retrain-cron",
+        "",
+        "--encode-cron",
+        "",
+        "--model-name",
+        "served",
+        "--runner",
+        "processes:2",
+    )
     with open(root / "serve.log", "wb") as log:
         process = subprocess.Popen(
-            command("serve", *SHORT, *crons, root=root),
+            command("serve", *SHORT, *settings, "--runner", "processes:2", root=root),
             stdout=log,
             stderr=log,
             env=environment() | {"PREFECT_RUNNER_POLL_FREQUENCY": "1"},
@@ -199,6 +208,7 @@ def test_an_event_starts_what_is_served_and_an_overlap_is_cancelled(server: str,
     assert len(runs(server, "retrain")) == 2
     logs = ask(server, "logs/filter", {"logs": {"flow_run_id": {"any_": [first["id"]]}}})
     assert any("served version 1 is champion" in line["message"] for line in logs), logs
+    assert any("images in 1 shards, processes:2" in line["message"] for line in logs), logs
     pulled = run("pull", "models:/served@champion", served / "bundle", root=served)
     assert "models:/served/1 is in" in pulled.stdout
 
