@@ -42,7 +42,7 @@ def run(command: str, config: Command, *, as_json: bool) -> int:
         if not isinstance(error, ValueError):
             traceback.print_exc()  # an error of ours or of the machine: whoever looks into it wants all of it
         return _say(f"{command} failed: {' '.join(str(error).split()) or type(error).__name__}", 1)
-    print(json.dumps(result.model_dump(mode="json"), indent=2) if as_json else result.summary())
+    print(json.dumps(result.model_dump(mode="json"), indent=2) if as_json else result.summary().rstrip())
     return int(result.exit_code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
 from collections.abc import Mapping
@@ -211,7 +212,10 @@ def require(name: str) -> None:
     try:
         client().get_registered_model(name)
     except mlflow.MlflowException as error:
-        raise ValueError(f"no model {name!r} in the registry: {error.message}") from error
+        known = [model.name for model in client().search_registered_models()]
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        meant = f"did you mean {nearest[0]!r}?" if nearest else "there is none at all"
+        raise ValueError(f"no model {name!r} in the registry: {meant}") from error
 
 
 def exists(name: str, version: str) -> bool:
