@@ -10,9 +10,12 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.store import Store, open_store, seal, unseal
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 
 def digest(*parts: Any) -> str:
@@ -39,6 +42,20 @@ def put_record(store: Store, name: str, body: dict[str, Any]) -> dict[str, Any]:
     """Commit a record; where another process was first, theirs counts."""
     store.put_if_absent(name, seal(body))
     return unseal(store.get(name), store.uri(name))
+
+
+def try_lock(root: Path, name: str) -> FileLock | None:
+    """The lock, for this process to hold as long as it lives; None if another has it."""
+    from filelock import FileLock, Timeout
+
+    folder = root.resolve() / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(folder / f"{name}.lock", thread_local=False)
+        held.acquire(timeout=0)
+    except Timeout:
+        return None
+    return held
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.jobs import lock
+from flows.spool import patiently
 from flows.tracking import Run, client
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _download(pinned: str) -> Path:
     import mlflow
 
     try:
-        return Path(mlflow.artifacts.download_artifacts(f"{pinned}/{BUNDLE}"))
+        return Path(patiently(lambda: mlflow.artifacts.download_artifacts(f"{pinned}/{BUNDLE}")))
     except (mlflow.MlflowException, OSError) as error:
         raise ValueError(f"no model bundle at {pinned!r}: {error}") from error
 
@@ -112,15 +112,24 @@ def register(
     with lock(root, f"register-{name}"):
         if (found := find(name, job)) is not None:
             return found
-        logged = _log_model(run, bundle)
+        logged = patiently(lambda: _log_model(run, bundle))
         _ensure_model(name)
-        # A server refuses a logged model as source without its id; a local store does not ask.
-        version = client().create_model_version(
-            name, logged.model_uri, run.id, tags={JOB_TAG: job, **tags}, model_id=logged.model_id
+        version = patiently(
+            lambda: find(name, job) or _create_version(run, name, logged, {JOB_TAG: job, **tags})
         )
         client().set_registered_model_alias(name, CHALLENGER, version.version)
     logger.info("register: %s version %s", name, version.version)
     return version
+
+
+def _create_version(run: Run, name: str, logged: ModelInfo, tags: Mapping[str, str]) -> ModelVersion:
+    """Once: whoever asks again looks first, since an answer may have been lost."""
+    import mlflow
+
+    # A server refuses a logged model as source without its id; a local store does not ask.
+    return mlflow.MlflowClient().create_model_version(
+        name, logged.model_uri, run.id, tags=dict(tags), model_id=logged.model_id
+    )
 
 
 def _ensure_model(name: str) -> None:
@@ -212,10 +221,7 @@ def require(name: str) -> None:
     try:
         client().get_registered_model(name)
     except mlflow.MlflowException as error:
-        known = [model.name for model in client().search_registered_models()]
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        meant = f"did you mean {nearest[0]!r}?" if nearest else "there is none at all"
-        raise ValueError(f"no model {name!r} in the registry: {meant}") from error
+        raise ValueError(f"no model {name!r} in the registry: {error.message}") from error
 
 
 def exists(name: str, version: str) -> bool:

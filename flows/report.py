@@ -34,6 +34,7 @@ PAGE = "report.html"
 def report(config: Report) -> Reported:
     """The page of a model: found where it is drawn, else drawn; logged, and linked from Prefect."""
     with tracked(config) as run:
+        run.drain()  # the page shows the run's metrics
         dossier = open_dossier(config)
         program = [(ASSETS / name).read_text() for name in ("report.html", "report.css", "report.js")]
         # Asked for by itself, the page is to say who is champion today; a retrain's own stays as it was.

@@ -11,18 +11,20 @@ import json
 import logging
 import os
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from flows.config import Command, to_toml
 from flows.environment import make_root, prepare
-from flows.jobs import digest, lock
+from flows.jobs import digest, lock, try_lock
 from flows.results import Result
+from flows.spool import MlflowAwayError, Patient, Spool, in_a_line, patience, patiently
 
 if TYPE_CHECKING:
     import mlflow
@@ -34,7 +36,8 @@ JOB_TAG = "vae_flows.job"
 ENDED_TAG = "vae_flows.ended"
 FLOW_RUN_TAG = "vae_flows.flow_run"  # Prefect's run of the latest attempt
 CONFIG = "config.toml"  # the artifact that `--config` reads back
-FLUSH_SECONDS = 2.0  # a batch of metrics costs 0.1 s, a single one 0.02 s
+ATTEMPT_TAG = "vae_flows.attempt"  # by which a run is found whose creation was not answered
+BRIEF = 15.0  # seconds for MLflow when a run is stopped or fails: a pre-empted machine has 30
 _active: ContextVar[Run | None] = ContextVar("run", default=None)
 
 
@@ -56,12 +59,13 @@ def tracked(config: Command) -> Iterator[Run]:
         run.fail(error)
         raise
     except BaseException:  # Ctrl-C, SIGTERM: the same command goes on under the same run
-        run.close("KILLED")
+        run.stop()
         raise
     else:
-        run.close("FINISHED")
+        run.finish()
     finally:
         _active.reset(token)
+        run.release()
 
 
 class Run:
@@ -70,15 +74,16 @@ class Run:
     def __init__(self, config: Command):
         self._config = config
         self._id: str | None = None
+        self._spool: Spool | None = None
+        self._held: Any = None
         self.resumed = False
-        self._pending: list[mlflow.entities.Metric] = []
-        self._logged: dict[str, int] = {}
-        self._flushed = time.monotonic()
 
     def resume(self) -> None:
         """Go on with the run of an earlier attempt at this command, if one was stopped on the way."""
-        self._id = _unfinished(self._config)
-        self.resumed = self._id is not None
+        for run_id in _unfinished(self._config):
+            if self._hold(run_id) and _reopen(run_id):
+                self._id, self.resumed = run_id, True
+                return
 
     def wants(self, result: Result) -> bool:
         """Whether a result is to be logged: it was made now, or perhaps just before this run was stopped."""
@@ -93,9 +98,15 @@ class Run:
     def id(self) -> str:
         """The run's id; creates the run if nothing has been logged yet."""
         if self._id is None:
-            self._id = _create(self._config)
+            created = _create(self._config)
+            self._hold(created)
+            self._id = created
             logger.info("mlflow: run %s", self._id)
         return self._id
+
+    def begin(self) -> None:
+        """Create the run now, so that nothing logged later waits for MLflow."""
+        self._metrics()
 
     def log_dataset(self, name: str, digest: str, source: str, split: str) -> None:
         """Name a data set, by its digest, as an input of the run."""
@@ -105,21 +116,17 @@ class Run:
         client().log_inputs(self.id, [DatasetInput(dataset, [InputTag("mlflow.data.context", split)])])
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Buffer metrics of a step; those that an earlier attempt logged are not logged twice."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        new = {name: value for name, value in metrics.items() if step > self._last_step(name)}
-        self._pending += [Metric(name, float(value), now, step) for name, value in new.items()]
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self.flush()
+        """Queue metrics of a step, never waiting for MLflow; a step that it has is not sent twice."""
+        self._metrics().add(metrics, step)
 
     def flush(self) -> None:
-        """Send what is buffered."""
-        self._flushed = time.monotonic()
-        while self._pending:
-            client().log_batch(self.id, metrics=self._pending[:1000])
-            del self._pending[:1000]
+        """Bring the metrics that MLflow does not have yet through a kill and a power cut."""
+        self._metrics().sync()
+
+    def drain(self) -> None:
+        """Wait until MLflow has everything that was logged so far."""
+        if self._spool is not None:
+            self._spool.drain(patience())
 
     def log_json(self, name: str, content: Any) -> None:
         """A small JSON artifact."""
@@ -134,10 +141,8 @@ class Run:
             client().log_artifact(self.id, str(path), None if parent == "." else parent)
 
     def log_image(self, name: str, png: bytes, step: int) -> None:
-        """A picture of a step; MLflow shows those of one name with a slider over the steps."""
-        from PIL import Image
-
-        client().log_image(self.id, Image.open(io.BytesIO(png)), key=name, step=step)
+        """Queue a picture of a step; MLflow shows those of one name with a slider over the steps."""
+        self._metrics().add_picture(name, step, png)
 
     def sign(self, result: R) -> R:
         """A flow's result with the run's id, if there is a run."""
@@ -145,52 +150,130 @@ class Run:
 
     def fail(self, error: Exception) -> None:
         """End the run, created if need be, as FAILED, with the error's first line as a tag."""
-        client().set_tag(self.id, "error", (str(error) or type(error).__name__).splitlines()[0][:500])
-        self.close("FAILED")
+        if not isinstance(error, MlflowAwayError):  # after which the same command goes on under this run
+            self._briefly(lambda: self._end("FAILED", error=in_a_line(error)))
 
-    def close(self, status: str) -> None:
-        """End the run, if it was ever begun."""
+    def stop(self) -> None:
+        """End the run, if it was ever begun, as KILLED: the same command goes on with it."""
         if self._id is not None:
-            self.flush()
-            if status != "KILLED":
-                client().set_tag(self._id, ENDED_TAG, status)
-            client().set_terminated(self._id, status)
+            self._briefly(lambda: self._end("KILLED"))
 
-    def _last_step(self, name: str) -> int:
-        if name not in self._logged:
-            self._logged[name] = max((m.step for m in client().get_metric_history(self.id, name)), default=-1)
-        return self._logged[name]
+    def finish(self) -> None:
+        """End the run, if it was ever begun, once MLflow has every metric."""
+        if self._id is not None:
+            self._end("FINISHED")
+
+    def release(self) -> None:
+        """Let another process go on with what is left of the run."""
+        if self._spool is not None:
+            self._spool.close()
+        if self._held is not None:
+            self._held.release()
+
+    def _end(self, status: str, **tags: str) -> None:
+        run_id = self.id
+        self._metrics().drain(patience())
+        for name, value in {**tags, **({ENDED_TAG: status} if status != "KILLED" else {})}.items():
+            client().set_tag(run_id, name, value)
+        client().set_terminated(run_id, status)
+
+    def _briefly(self, end: Callable[[], None]) -> None:
+        """Try for a few seconds; what MLflow does not take then, the same command brings later."""
+        ended = threading.Event()
+
+        def attempt() -> None:
+            try:
+                end()
+                ended.set()
+            except Exception as error:
+                logger.warning("mlflow: %s", in_a_line(error))
+
+        thread = threading.Thread(target=attempt, daemon=True)
+        thread.start()
+        thread.join(BRIEF)
+        if not ended.is_set():
+            logger.warning("mlflow: run %s stays open: the same command goes on with it", self._id)
+
+    def _metrics(self) -> Spool:
+        if self._spool is None:
+            path = self._config.root.resolve() / "spool" / f"{self.id}.jsonl"
+            self._spool = Spool(path, _AtMlflow(self.id, new=not self.resumed))
+        return self._spool
+
+    def _hold(self, run_id: str) -> bool:
+        """Take the run for this process; False if another that lives has it."""
+        self._held = try_lock(self._config.root, f"run-{run_id}")
+        return self._held is not None
 
 
 def client() -> mlflow.MlflowClient:
-    """MLflow's client for the tracking server and registry of the environment."""
+    """MLflow's client for the tracking server and registry of the environment; it waits for a server.
+
+    A call that an outage cuts off is made again: `_create` and `registry.register` look first.
+    """
+    return cast("mlflow.MlflowClient", Patient(_client()))
+
+
+def _client() -> mlflow.MlflowClient:
     import mlflow
 
     return mlflow.MlflowClient()
 
 
-def _unfinished(config: Command) -> str | None:
-    """The run of an earlier attempt at this command that was stopped on the way, reopened."""
+class _AtMlflow:
+    """A run as the spool's receiver; a new one has no metric yet that could have arrived."""
+
+    def __init__(self, run_id: str, *, new: bool):
+        self.run_id, self.new = run_id, new
+
+    def metrics(self, metrics: list[mlflow.entities.Metric]) -> None:
+        _client().log_batch(self.run_id, metrics=metrics)
+
+    def picture(self, name: str, step: int, png: bytes) -> None:
+        from PIL import Image
+
+        arrived = _client().list_artifacts(self.run_id, "images")
+        if not any(file.path.startswith(f"images/{name}%step%{step}%") for file in arrived):
+            _client().log_image(self.run_id, Image.open(io.BytesIO(png)), key=name, step=step)
+
+    def last_step(self, metric: str) -> int:
+        if self.new:
+            return -1
+        return max((m.step for m in _client().get_metric_history(self.run_id, metric)), default=-1)
+
+
+def _unfinished(config: Command) -> list[str]:
+    """The runs of earlier attempts at this command that were stopped on the way, or still go on."""
     experiment = client().get_experiment_by_name(_experiment_name())
     if experiment is None:
-        return None
+        return []
     query = f"tags.`{JOB_TAG}` = '{_job(config)}'"
     runs = client().search_runs([experiment.experiment_id], query, order_by=["start_time ASC"])
-    stopped = [run.info.run_id for run in runs if ENDED_TAG not in run.data.tags]
-    if not stopped:
-        return None
-    client().update_run(stopped[0], status="RUNNING")
+    return [run.info.run_id for run in runs if ENDED_TAG not in run.data.tags]
+
+
+def _reopen(run_id: str) -> bool:
+    """Go on with a run; False if its process has ended it meanwhile."""
+    if ENDED_TAG in client().get_run(run_id).data.tags:
+        return False
+    client().update_run(run_id, status="RUNNING")
     for name, value in _flow_run().items():
-        client().set_tag(stopped[0], name, value)
-    return str(stopped[0])
+        client().set_tag(run_id, name, value)
+    return True
 
 
 def _create(config: Command) -> str:
+    """A new run with its parameters; one whose creation was not answered is found again."""
     from mlflow.entities import Param
 
-    command = type(config).__name__.lower()
-    tags = {JOB_TAG: _job(config), **_flow_run()}
-    run = client().create_run(_experiment(config.root), tags=tags, run_name=command)
+    command, experiment, attempt = type(config).__name__.lower(), _experiment(config.root), uuid.uuid4().hex
+    tags = {JOB_TAG: _job(config), ATTEMPT_TAG: attempt, **_flow_run()}
+
+    def once() -> mlflow.entities.Run:
+        found = _client().search_runs([experiment], f"tags.`{ATTEMPT_TAG}` = '{attempt}'")
+        return found[0] if found else _client().create_run(experiment, tags=tags, run_name=command)
+
+    run = patiently(once)
     params = [Param(name, str(value)) for name, value in _flat(config.model_dump(mode="json")).items()]
     client().log_batch(run.info.run_id, params=params)
     client().log_text(run.info.run_id, to_toml(config.model_dump(mode="json")), CONFIG)

@@ -73,6 +73,7 @@ def fit_model(config: Train, ingested: Ingested, job: str, run: Run) -> Trained:
     """Fit, commit the bundle, then the record that says so."""
     from vae.train import fit
 
+    run.begin()
     store = job_store(config.root, job)
     snapshot = open_snapshot(ingested.snapshot)
     images = {split: resident(snapshot, split).images for split in ("train", "validation")}
