@@ -11,7 +11,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,8 @@ from urllib.parse import urlsplit
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
 from obstore.store import LocalStore, MemoryStore, ObjectStore, from_url
+
+from data.secrets import has_credentials, redact
 
 CLOUD_SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 TEMPORARY = ".tmp"  # suffix of a local file on its way to its name; gc removes those left by a kill
@@ -180,6 +182,11 @@ def open_store(location: str | os.PathLike[str]) -> Store:
     ValueError: unknown store 'ftp://host/x': give a local path or a URL of file, memory, s3, ...
     """
     url = os.fspath(location)
+    if has_credentials(url):
+        raise ValueError(
+            f"{redact(url)!r} has credentials in it, which would be kept with every table: give them by the "
+            "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for S3)"
+        )
     url = url if url.endswith("://") else url.rstrip("/") or "/"
     scheme = urlsplit(url).scheme if "://" in url else "file"
     if scheme == "file":
@@ -217,8 +224,8 @@ def unseal(data: bytes, place: str = "record") -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for a one-line report."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error's message, for a one-line report; without credentials."""
+    return redact((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 class _Remote(io.RawIOBase):
@@ -264,6 +271,8 @@ def _open_cloud(url: str) -> Store:
     if not parts.netloc:
         raise ValueError(f"no bucket in {url!r}: write {parts.scheme}://BUCKET/PREFIX")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint and has_credentials(endpoint):
+        raise ValueError(f"AWS_ENDPOINT_URL={redact(endpoint)} has credentials in it, which S3 does not take")
     return Store(url, _cloud_backend(base, endpoint if parts.scheme in ("s3", "s3a") else None), prefix)
 
 
@@ -287,21 +296,33 @@ def _temporary(path: str) -> bool:
 
 def _commit_local(path: Path, data: bytes) -> bool:
     """Write beside, fsync, link under the final name, fsync the folder: all of it or nothing."""
-    if path.exists():
-        _sync_folder(path.parent)  # its writer may have died before this line
-        return False
-    _make_folder(path.parent)
-    draft = path.parent / f".{path.name}.{os.urandom(6).hex()}{TEMPORARY}"
+    with _naming(path):
+        if path.exists():
+            _sync_folder(path.parent)  # its writer may have died before this line
+            return False
+        _make_folder(path.parent)
+        draft = path.parent / f".{path.name}.{os.urandom(6).hex()}{TEMPORARY}"
+        try:
+            _write_durably(draft, data)
+            os.link(draft, path)
+            created = True
+        except FileExistsError:
+            created = False
+        finally:
+            draft.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+        return created
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the path in an error of the system about an open file, which names none."""
     try:
-        _write_durably(draft, data)
-        os.link(draft, path)
-        created = True
-    except FileExistsError:
-        created = False
-    finally:
-        draft.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-    return created
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def _write_durably(path: Path, data: bytes) -> None:

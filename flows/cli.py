@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
+from data.secrets import redact
+
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
@@ -235,7 +237,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return redact(" ".join(str(error).split()))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from types import FrameType
 from typing import Any
 
+from data.secrets import redact
 from flows.checks import check
 from flows.config import Clean, Command, Encode, Serve, Tables, to_toml
 from flows.environment import make_root, prepare
@@ -39,10 +40,10 @@ def run(command: str, config: Command, *, as_json: bool) -> int:
     except SystemExit:
         return _say(f"{command} terminated: the same command goes on from here", TERMINATED)
     except Exception as error:
-        if not isinstance(error, ValueError):
-            traceback.print_exc()  # an error of ours or of the machine: whoever looks into it wants all of it
+        if not isinstance(error, ValueError):  # of ours or of the machine: whoever looks into it wants all
+            sys.stderr.write(redact(traceback.format_exc()))
         return _say(f"{command} failed: {' '.join(str(error).split()) or type(error).__name__}", 1)
-    print(json.dumps(result.model_dump(mode="json"), indent=2) if as_json else result.summary().rstrip())
+    print(json.dumps(result.model_dump(mode="json"), indent=2) if as_json else result.summary())
     return int(result.exit_code)
 
 
@@ -75,9 +76,16 @@ def _call(command: str, config: Command) -> Any:
         return getattr(importlib.import_module(f"flows.{command}"), command)(config)
 
 
+class _Redacting(logging.Formatter):
+    """A log line, its traceback included, without credentials."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Redacting("%(asctime)s %(message)s", "%H:%M:%S"))
     for name in ("vae_flows", "vae"):
         logger = logging.getLogger(name)
         logger.addHandler(handler)
@@ -90,5 +98,5 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _say(message: str, code: int) -> int:
-    print(f"vae-flows: {message}", file=sys.stderr)
+    print(f"vae-flows: {redact(message)}", file=sys.stderr)
     return code

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 import vae.config
 from data.images import DecodePath
+from data.secrets import has_credentials, redact
 from flows.presets import PRESETS
 
 GEOMETRY = ("height", "width", "channels")
@@ -46,7 +47,7 @@ def refuse_unknown(values: Mapping[str, Any], valid: list[str], where: str) -> N
 class Config(BaseModel):
     """Frozen, complete; unknown fields are refused, in nested records too."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -54,10 +55,20 @@ class Config(BaseModel):
         if isinstance(values, Mapping):
             refuse_unknown(values, list(cls.model_fields), cls.__name__)
             for name, value in values.items():
+                _refuse_credentials(name, value)
                 record = cls.model_fields[name].annotation
                 if dataclasses.is_dataclass(record) and isinstance(value, Mapping):
                     refuse_unknown(value, [field.name for field in dataclasses.fields(record)], name)
         return values
+
+
+def _refuse_credentials(name: str, value: Any) -> None:
+    """What is configured is kept: in MLflow, in Prefect, in tables."""
+    if isinstance(value, str | Path) and has_credentials(str(value)):
+        raise ValueError(
+            f"{name} {redact(str(value))!r} has credentials in it, which would be kept with the run: give "
+            "them by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for S3)"
+        )
 
 
 def _model_settings(tag: str) -> type[Config]:

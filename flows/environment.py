@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -19,6 +20,9 @@ QUIET = {
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "GIT_PYTHON_REFRESH": "quiet",
+    # `flows.spool` asks again, and knows which calls may be made twice.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # Without a heartbeat nobody notices that a run was killed with all of its process.
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     # Threads that wait by spinning make two of them ten times slower than one on a busy machine.
@@ -41,8 +45,24 @@ def prepare(root: Path, log_level: str = "CRITICAL") -> None:
     }
     for name, value in {**QUIET, **local}.items():
         os.environ.setdefault(name, value)
+    _take_logins_out_of_urls()
     # Where a worker runs a flow, nobody but Prefect handles its log, and Prefect sets no level.
     logging.getLogger("vae_flows").setLevel(logging.INFO)
+
+
+def _take_logins_out_of_urls() -> None:
+    """User and password go where both libraries look for them beside the URL, which is shown and kept."""
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI", "PREFECT_API_URL"):
+        parts = urlsplit(os.environ.get(name, ""))
+        if parts.scheme not in ("http", "https") or parts.password is None:
+            continue
+        user, password = unquote(parts.username or ""), unquote(parts.password)
+        if name == "PREFECT_API_URL":
+            os.environ.setdefault("PREFECT_API_AUTH_STRING", f"{user}:{password}")
+        else:
+            os.environ.setdefault("MLFLOW_TRACKING_USERNAME", user)
+            os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", password)
+        os.environ[name] = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def make_root(root: Path) -> None:

@@ -31,7 +31,7 @@ def rewritten(files: dict[str, bytes], name: str, content: bytes) -> dict[str, b
     """A forged bundle whose manifest agrees with its content."""
     manifest = json.loads(files[MANIFEST])
     manifest["sha256"][name] = hashlib.sha256(content).hexdigest()
-    return files | {name: content, MANIFEST: json.dumps(manifest).encode()}
+    return files | {name: content, MANIFEST: (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode()}
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -36,8 +36,7 @@ def to_files(model: Model, extra: Mapping[str, Any] | None = None) -> dict[str, 
         "extra": dict(model.extra if extra is None else extra),
     }
     files = {WEIGHTS: _weights(model), CONFIG: _json(config)}
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    return files | {MANIFEST: _json({"format": FORMAT, "sha256": digests})}
+    return files | {MANIFEST: _manifest(files)}
 
 
 def from_files(files: Mapping[str, bytes]) -> Model:
@@ -70,6 +69,8 @@ def read_config(files: Mapping[str, bytes]) -> dict[str, Any]:
             raise ValueError(
                 f"{name} of the bundle is not the file that {MANIFEST} states: its SHA-256 differs"
             )
+    if files[MANIFEST] != _manifest(files):
+        raise ValueError(f"{MANIFEST} of the bundle is altered: more than the digests differs in it")
     config = _parse(CONFIG, files[CONFIG])
     if config.get("format") != FORMAT or not all(isinstance(config.get(k), dict) for k in ("model", "extra")):
         raise ValueError(f"{CONFIG} has format {config.get('format')!r}; this version reads format {FORMAT}")
@@ -87,6 +88,11 @@ def weights_digest(source: Model | Mapping[str, bytes]) -> str:
     """SHA-256 of the weights file, the same for a model and for its bundle."""
     content = _weights(source) if isinstance(source, Model) else source[WEIGHTS]
     return hashlib.sha256(content).hexdigest()
+
+
+def _manifest(files: Mapping[str, bytes]) -> bytes:
+    digests = {name: hashlib.sha256(files[name]).hexdigest() for name in (WEIGHTS, CONFIG)}
+    return _json({"format": FORMAT, "sha256": digests})
 
 
 def _weights(model: Model) -> bytes:
