@@ -3,7 +3,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 RUN := .venv/bin/
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo env test test-slow check format table bench pictures constraints
+.PHONY: demo env test test-slow check format table bench pictures faults constraints
 
 demo: env  ## fresh machine -> environment -> a registered champion, a latent table and samples
 	OMP_NUM_THREADS=2 $(RUN)vae-flows retrain
@@ -53,6 +53,9 @@ pictures: env  ## the README's, from a real run on Fashion-MNIST (resumable; 10 
 
 bench: env  ## our encoding beside its peers and its limits
 	$(RUN)python benchmarks/encode.py
+
+faults: env  ## break what can break, keep count in benchmarks/results/faults.jsonl, write docs/reliability.md
+	$(RUN)python -m tests.faults --minutes $(MINUTES) --page
 
 constraints: $(filter .uv/%,$(UV))  ## resolve anew, within pyproject.toml's bounds
 	$(UV) pip compile --quiet --upgrade --universal --no-header --no-annotate --no-emit-index-url \

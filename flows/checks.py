@@ -52,12 +52,6 @@ def _model(config: WithModel | Pull) -> None:
     locate(config.model)
 
 
-def _new_folder(config: Pull) -> None:
-    from flows.pull import refuse_existing
-
-    refuse_existing(config.directory)
-
-
 def _table(config: Tables) -> None:
     from data.store import open_store
     from data.upkeep import read_about
@@ -125,7 +119,6 @@ def _schedules(config: Serve) -> None:
 CHECKS: tuple[tuple[Any, Callable[[Any], None]], ...] = (
     (Command, _root),
     (Images, _source),
-    (Pull, _new_folder),
     (WithModel | Pull, _model),
     (Tables, _table),
     (Browse, _browsed),

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from data import images
 from data.images import DecodePath, Limits, Rejected, decode, fit_pixels
+from tests.faults.rot import account, file_of, mutate
 
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")  # broken metadata is told of, and decoded
 
@@ -23,12 +24,6 @@ RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (24, 32, 3), np.uint8)
 GREY = COLOUR[:, :, 0]
 NATIVE = DecodePath(24, 32, 3)
-
-
-def file_of(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def rgb(data: bytes, path: DecodePath = NATIVE) -> np.ndarray:
@@ -230,58 +225,6 @@ def test_paths_round_trip_and_digests_differ() -> None:
         DecodePath().geometry  # noqa: B018
 
 
-def _samples() -> list[bytes]:
-    image = Image.fromarray(COLOUR)
-    exif = Image.Exif()
-    exif[274] = 6
-    files = [file_of(image, kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")]
-    return [
-        *files,
-        file_of(image, "JPEG", exif=exif, progressive=True),
-        file_of(image, "TIFF", compression="tiff_lzw"),
-    ]
-
-
-SAMPLES = _samples()
-
-
-def mutate(data: bytes, rng: np.random.Generator) -> bytes:
-    """Flip, overwrite, cut or splice, as bad disks and hostile users do."""
-    changed = bytearray(data)
-    for _ in range(rng.integers(1, 6)):
-        place = int(rng.integers(len(changed)))
-        match rng.integers(4):
-            case 0:
-                changed[place] ^= 1 << int(rng.integers(8))
-            case 1:
-                changed[place : place + 4] = rng.bytes(4)
-            case 2:
-                del changed[place : place + int(rng.integers(1, 20))]
-            case _:
-                changed[place:place] = bytes(changed[:8])
-        if not changed:
-            break
-    return bytes(
-        changed[: int(rng.integers(1, len(changed) + 1))] if changed and rng.random() < 0.1 else changed
-    )
-
-
-def account(data: bytes) -> bool:
-    """True if it decodes to the geometry asked, False if it is rejected; anything else is raised."""
-    try:
-        pixels = decode(data, DecodePath(16, 16, 3), limits=Limits(max_pixels=1_000_000)).pixels
-    except Rejected:
-        return False
-    assert pixels.shape == (3, 16, 16)
-    return True
-
-
-def test_mutated_images_are_each_accounted_for() -> None:
-    rng = np.random.default_rng(1)
-    outcomes = [account(mutate(SAMPLES[i % len(SAMPLES)], rng)) for i in range(3_000)]
-    assert 300 < sum(outcomes) < 2_900
-
-
 def test_opencv_gives_pillows_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     """On whole and mutated files alike: the same pixels, or the same reject."""
     big = Image.fromarray(COLOUR).resize((77, 51))
@@ -299,13 +242,6 @@ def outcome(data: bytes) -> bytes | str:
         return decode(data, DecodePath(51, 77, 3)).pixels.tobytes()
     except Rejected as error:
         return error.reject.error
-
-
-@pytest.mark.slow
-def test_100_000_mutated_images() -> None:
-    rng = np.random.default_rng(2)
-    for i in range(100_000):
-        account(mutate(SAMPLES[i % len(SAMPLES)], rng))
 
 
 @settings(max_examples=200, deadline=None)

@@ -1,22 +1,17 @@
-"""Everything on S3: a real server on loopback, and a proxy that cuts, swallows and halves replies."""
+"""Everything on S3, a real server on loopback; tests/faults/s3.py has it behind a bad network."""
 
 from __future__ import annotations
 
 import gzip
-import http.client
 import io
-import socket
 import tarfile
-import threading
 import urllib.request
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from obstore.exceptions import BaseError
 from PIL import Image
 
 from data.images import DecodePath
@@ -37,7 +32,6 @@ server = pytest.importorskip("moto.server", reason="moto's server is not install
 
 DIMS = 4
 PATH = DecodePath(8, 8, 3)
-Fate = Callable[[str, int], str]
 
 
 @pytest.fixture(scope="module")
@@ -58,83 +52,6 @@ def bucket(moto: str, request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         monkeypatch.setenv(f"AWS_{key}", value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{moto}")
     return f"s3://{name}"
-
-
-class Proxy(ThreadingHTTPServer):
-    """Passes requests on, but for those to which `fate(method, n)` says cut or swallow."""
-
-    daemon_threads = True
-
-    def __init__(self, target: str):
-        self.target, self.fate, self.count = target, (lambda method, number: "pass"), 0
-        self.lock = threading.Lock()
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    fate: Fate
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A connection cut on purpose is no news."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Proxy
-
-    def _pass(self) -> None:
-        with self.server.lock:
-            self.server.count += 1
-            fate = self.server.fate(self.command, self.server.count)
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if fate == "cut":
-            self._hang_up()
-            return
-        onward = http.client.HTTPConnection(self.server.target, timeout=30)
-        onward.request(self.command, self.path, body, dict(self.headers))
-        answer = onward.getresponse()
-        data = answer.read()
-        if fate == "swallow":
-            self._hang_up()
-            return
-        self.send_response_only(answer.status)
-        for key, value in answer.getheaders():
-            if key.lower() not in ("transfer-encoding", "connection", "content-length"):
-                self.send_header(key, value)
-        length = answer.headers["Content-Length"] if self.command == "HEAD" else len(data)
-        self.send_header("Content-Length", str(length or 0))
-        if fate == "half":
-            self._half(data)
-            return
-        self.end_headers()
-        self.wfile.write(data)
-
-    do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _pass
-
-    def _half(self, data: bytes) -> None:
-        """Half of the reply: of its body, or of its headers where it has none."""
-        if data:
-            self.end_headers()
-            self.wfile.write(data[: len(data) // 2])
-        else:
-            self.wfile.write(b"".join(self._headers_buffer)[:-9])  # type: ignore[attr-defined]
-        self._hang_up()
-
-    def _hang_up(self) -> None:
-        self.close_connection = True
-        self.connection.shutdown(socket.SHUT_RDWR)
-        self.connection.close()
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        """Quiet."""
-
-
-@pytest.fixture
-def proxy(moto: str, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    running = Proxy(moto)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{running.server_address[1]}")
-    yield running
-    running.shutdown()
-    running.server_close()
 
 
 def png(value: int) -> bytes:
@@ -252,48 +169,3 @@ def test_other_readers_take_the_files(bucket: str, moto: str) -> None:
     )
     paths = [path.removeprefix("s3://") for path in table_files(result.uri)]
     assert sum(pq.read_table(path, filesystem=remote).num_rows for path in paths) == 12
-
-
-@pytest.mark.parametrize(
-    ("fate", "stride"),
-    [
-        ("cut", 9),
-        ("swallow", 7),
-        ("half", 8),
-        *(pytest.param(fate, 1, marks=pytest.mark.slow) for fate in ("cut", "swallow", "half")),
-    ],
-)
-def test_a_connection_lost_at_each_request(proxy: Proxy, bucket: str, fate: str, stride: int) -> None:
-    """At each request of an encode in turn: it ends well, at once or when it is run again."""
-    source = fill(open_store(f"{bucket}/images"), range(12))
-    for when in range(1, 500, stride):
-        proxy.count, proxy.fate = 0, lambda _, number, when=when: fate if number == when else "pass"
-        tables = open_store(f"{bucket}/latents-{when}")
-        try:
-            result = run(source, tables)
-        except (OSError, ValueError, BaseError):
-            result = None
-        requests, proxy.fate = proxy.count, lambda *_: "pass"
-        result = result or run(source, tables)
-        assert (result.rows, result.files, result.snapshot) == (12, 2, 1)
-        check(result.uri, 12)
-        if requests < when:
-            break
-    assert when > 20
-
-
-def test_a_bad_network_loses_nothing(proxy: Proxy, bucket: str) -> None:
-    """A fifth of all requests fail, in every way; the job is run until it ends."""
-    images = open_store(f"{bucket}/images")
-    source = fill(images, range(40))
-    rng = np.random.default_rng(0)
-    fates = ["cut", "swallow", "half", *["pass"] * 12]
-    proxy.fate = lambda *_: fates[rng.integers(len(fates))]
-    for _ in range(30):
-        try:
-            run(source, open_store(f"{bucket}/latents"))
-            break
-        except (OSError, ValueError, BaseError):
-            continue
-    proxy.fate = lambda *_: "pass"
-    check(run(source, open_store(f"{bucket}/latents")).uri, 40)

@@ -441,121 +441,16 @@ def test_duplicates_are_counted_in_bounded_memory(
     assert run(folder, tmp_path / "out").duplicates == 8
 
 
-def _flip_bits(tmp_path: Path, flips: int) -> None:
-    folder = folder_of(tmp_path / "in", range(12))
-    (folder / "0003.png").write_bytes(b"")
-    uri = run(folder, tmp_path / "out", share=0.2).uri
-    files = sorted(path for path in Path(uri).rglob("*") if path.is_file())
-    assert len(files) == 10
-    rng = np.random.default_rng(0)
-    for _ in range(flips):
-        path = files[rng.integers(len(files))]
-        whole = path.read_bytes()
-        damaged = bytearray(whole)
-        damaged[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="damaged"):
-            verify(uri)
-        if path.name.startswith(("part", "_manifest")):
-            with pytest.raises(ValueError, match="damaged"):
-                read_latents(uri)
-        path.write_bytes(whole)
-    verify(uri)
-
-
-def test_no_bit_flips_unseen(tmp_path: Path) -> None:
-    _flip_bits(tmp_path, 500)
-
-
-@pytest.mark.slow
-def test_10_000_bit_flips(tmp_path: Path) -> None:
-    _flip_bits(tmp_path, 10_000)
-
-
-# Forks one process a system call, lets strace kill (or fail) it at its n-th such call, until one survives.
-INJECTED = """
-import os, pathlib, shutil, subprocess, sys
-from tests.test_tables import run
-
-folder, base, seed = (pathlib.Path(place) for place in sys.argv[1:4])
-for fault in sys.argv[4:]:
-    for when in range(1, 200):
-        root = base / f"{fault.replace(':', '-').replace(',', '-')}-{when}"
-        if seed.exists():
-            shutil.copytree(seed, root)
-        ready, go = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.read(ready, 1)
-            os._exit(run(folder, root, share=0.2).rows not in (11, 12))
-        inject = f"inject={fault}:when={when}"
-        strace = subprocess.Popen(["strace", "-f", "-qq", "-o", os.devnull, "-e", inject, "-p", str(child)])
-        while "TracerPid:\t0" in pathlib.Path(f"/proc/{child}/status").read_text():
-            assert strace.poll() is None
-        os.write(go, b"1")
-        status = os.waitpid(child, 0)[1]
-        strace.wait()
-        os.close(ready), os.close(go)
-        if status == 0:
-            break
-    print(fault, when)
-"""
-KILLS = [f"{call}:signal=KILL" for call in ("mkdir", "write", "fsync", "link", "unlink")]
-FAILURES = ["write:error=ENOSPC", "fsync:error=EIO", "link:error=EIO"]
-SLOW = [pytest.param(fault, marks=pytest.mark.slow) for fault in FAILURES]
-
-
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
-@pytest.mark.parametrize("fault", KILLS + SLOW)
-def test_stopped_at_every_system_call_of_a_commit(tmp_path: Path, fault: str) -> None:
-    """SIGKILL at (or a failure of) each one, then the same job: nothing lost, doubled or torn."""
-    folder = folder_of(tmp_path / "in", range(12))
-    (folder / "0003.png").write_bytes(b"")
-    for root in _stopped(folder, tmp_path, fault):
-        for part in root.rglob("part-*.parquet"):
-            pq.read_table(part, page_checksum_verification=True)  # what has its name is whole
-        result = run(folder, root, share=0.2)
-        assert (result.rows, result.rejected, result.snapshot) == (11, 1, 1)
-        check(result.uri, folder)
-
-
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", KILLS)
-def test_stopped_at_every_system_call_of_an_append(tmp_path: Path, fault: str) -> None:
-    """Readers see the old snapshot or the new one at every point, and the new one in the end."""
-    folder = folder_of(tmp_path / "in", range(12))
-    before = run(folder, tmp_path / "seed")
-    folder_of(folder, range(12, 14))
-    (folder / "0003.png").write_bytes(b"")
-    (folder / "0011.png").unlink()
-    for root in _stopped(folder, tmp_path, fault, fewest=5):  # it makes four folders
-        (table,) = root.iterdir()
-        assert open_table(str(table)).rows in (before.rows, 12)
-        verify(str(table))
-        result = run(folder, root, share=0.2)
-        assert (result.rows, result.rejected, result.snapshot) == (12, 1, 2)
-        check(result.uri, folder)
+RENAMES = "rename,renameat,renameat2"
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_a_commit_renames_nothing(tmp_path: Path) -> None:
     """A link that is refused where its name exists is the only way to a name: no rename could replace."""
-    folder = folder_of(tmp_path / "in", range(12))
-    calls = "rename,renameat,renameat2:signal=KILL"
-    assert len(_stopped(folder, tmp_path, calls, fewest=1)) == 1
-
-
-def _plain(fault: str) -> str:
-    return fault.replace(":", "-").replace(",", "-")
-
-
-def _stopped(folder: Path, tmp_path: Path, fault: str, *, fewest: int = 6) -> list[Path]:
-    """Roots of jobs that were stopped at their first, second, ... such call, and of one that was not."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    places = [str(folder), str(tmp_path / "out"), str(tmp_path / "seed")]
-    command = [sys.executable, "-c", INJECTED, *places, fault]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    points = int(done.stdout.split()[1])
-    assert points >= fewest
-    return [tmp_path / "out" / f"{_plain(fault)}-{when}" for when in range(1, points + 1)]
+    folder, calls = folder_of(tmp_path / "in", range(12)), tmp_path / "calls"
+    code = "import sys, pathlib; from tests.test_tables import run; run(*map(pathlib.Path, sys.argv[1:]))"
+    traced = ["strace", "-f", "-qq", "-o", str(calls), "-e", f"trace={RENAMES},link,linkat"]
+    line = [*traced, sys.executable, "-c", code, str(folder), str(tmp_path / "out")]
+    subprocess.run(line, check=True, cwd=Path(__file__).parents[1])
+    assert "link" in calls.read_text()
+    assert "rename" not in calls.read_text()

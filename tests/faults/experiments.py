@@ -1,0 +1,19 @@
+"""Every experiment, in the order of the table."""
+
+from __future__ import annotations
+
+from tests.faults import bodies, calls, command, hostile, leaks, machine, outages, rivals, rot, s3
+from tests.faults.trials import Experiment
+
+EXPERIMENTS: tuple[Experiment, ...] = (
+    *command.EXPERIMENTS,
+    *bodies.EXPERIMENTS,
+    *calls.EXPERIMENTS,
+    *rivals.EXPERIMENTS,
+    *machine.EXPERIMENTS,
+    *rot.EXPERIMENTS,
+    *s3.EXPERIMENTS,
+    *outages.EXPERIMENTS,
+    *hostile.EXPERIMENTS,
+    *leaks.EXPERIMENTS,
+)
