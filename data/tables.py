@@ -206,11 +206,13 @@ def plan_encode(
     shard_rows: int = SHARD_ROWS,
     batch_size: int = 256,
     limits: Limits = LIMITS,
+    seed: int = 0,
 ) -> EncodeJob:
     """Plan the encode of a source into a table under `store`; nothing is decoded.
 
     The table is `<store>/<name>-<key>`; the key hashes the source, the weights, the decode path, the
-    columns and the limits. `lineage` (model URI and version, dataset fingerprint, …) goes into the metadata.
+    columns, the limits and a `seed` of the encoder's draws that is not 0. `lineage` (model URI and version,
+    dataset fingerprint, …) goes into the metadata.
     Called again it finds the table: unchanged, unfinished, or with images added, changed or gone.
     """
     decode = decode.resolved(source.native)
@@ -224,6 +226,7 @@ def plan_encode(
         "columns": asdict(columns),
         "limits": asdict(limits),
         "shard_rows": shard_rows,
+        **({"seed": seed} if seed else {}),
     }
     about = about_table(key, {"decode": decode.to_dict(), **(lineage or {})})
     table = store.child(f"{name}-{about['key']}")

@@ -53,11 +53,14 @@ def _model(config: WithModel | Pull) -> None:
 
 
 def _table(config: Tables) -> None:
+    from data.sources import check_folder
     from data.store import open_store
     from data.upkeep import read_about
 
     if config.action == "list":
-        open_store(config.table or config.root).check()
+        store = open_store(config.table or config.root).check()
+        if config.table and store.local is not None:  # a root that is not made yet has no tables
+            check_folder(store.local)
     else:
         read_about(open_store(config.table).check())
 

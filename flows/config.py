@@ -110,8 +110,11 @@ class Command(Config):
 class Images(Command):
     """What every command that reads images takes."""
 
-    source: str = Field("digits", description="digits, idx:DIR, folder:DIR, torchvision:NAME or snapshot:DIR")
-    limit: int | None = Field(None, ge=1, description="read only the first N images")
+    source: str = Field(
+        "digits",
+        description="digits, idx:DIR, folder:DIR, tar:DIR, parquet:DIR, torchvision:NAME or snapshot:DIR",
+    )
+    limit: int | None = Field(None, ge=1, description="read N of the images only, the same ones every time")
     max_reject_share: float = Field(
         0.01, ge=0, le=1, description="share of unreadable images that fails the run"
     )

@@ -110,6 +110,7 @@ def plan(config: Encode, model: Located) -> EncodeJob:
         weights_sha256=facts["weights"],
         lineage={"model": model.uri, "dataset": facts["extra"]["dataset"], **chosen},
         shard_rows=config.shard_rows,
+        seed=config.seed,
     )
 
 

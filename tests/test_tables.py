@@ -383,6 +383,12 @@ def test_reading_leaves_nothing_in_arrows_threads(tmp_path: Path) -> None:
     assert usual > 0
 
 
+def test_another_seed_is_another_table(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "in", range(3))
+    keys = [plan(folder, tmp_path / "out", **seed).plan.store.url for seed in ({}, {"seed": 0}, {"seed": 1})]
+    assert keys[0] == keys[1] != keys[2]
+
+
 def test_list_show_and_gc(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "in", range(20))
     root = tmp_path / "root"

@@ -30,6 +30,9 @@ def test_list_and_show(capsys: pytest.CaptureFixture[str], tmp_path: Path, table
     (listed,) = answer(capsys, "list", "--root", tmp_path / "root")["tables"]
     assert answer(capsys, "list", tmp_path / "root" / "latents")["tables"] == [listed]
     assert (listed["uri"], listed["rows"], listed["rejected"], listed["duplicates"]) == (table, 12, 1, 1)
+    assert answer(capsys, "list", "--root", tmp_path / "new")["tables"] == []
+    assert main(["tables", "list", str(tmp_path / "nowhere")]) == 2
+    assert "no folder" in capsys.readouterr().err
     shown = answer(capsys, "show", table)
     assert shown["table"] == listed
     assert shown["about"]["lineage"]["model"] == "models:/toy/1"
@@ -80,7 +83,10 @@ def test_gc_says_what_it_would_remove_then_removes_it(capsys: pytest.CaptureFixt
         (("show",), "no table given: vae-flows tables show TABLE"),
         (("show", "/no/such"), "no table at /no/such"),
         (("verify", "ftp://host/x"), "unknown store 'ftp://host/x'"),
-        (("lst",), "action='lst': Input should be 'list', 'show', 'verify', 'gc' or 'files'"),
+        (
+            ("lst",),
+            "action='lst' is not one of 'list', 'show', 'verify', 'gc', 'files': did you mean 'list'?",
+        ),
         ((), "the following arguments are required"),
     ],
 )
