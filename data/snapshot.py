@@ -161,7 +161,7 @@ def resident(snapshot: Snapshot, split: str | None = None) -> Resident:
     for file in snapshot.manifest.parts:
         table = read_file(snapshot.manifest.store, file, ["id", "split", "label", "image"])
         chosen = table if split is None else table.filter(pc.equal(table["split"], split))
-        block = _pixels(chosen["image"], snapshot.decode)
+        block = pixels_of(chosen["image"], snapshot.decode)
         images[len(ids) : len(ids) + len(block)] = block
         ids += chosen["id"].to_pylist()
         labels += chosen["label"].to_pylist()
@@ -228,7 +228,7 @@ class SnapshotSource:
                 column = read_file(manifest.store, file, ["image"])["image"]
                 while len(self._parts) > 1:
                     del self._parts[next(iter(self._parts))]
-                self._parts[path] = _pixels(column, self.snapshot.decode)
+                self._parts[path] = pixels_of(column, self.snapshot.decode)
             return self._parts[path]
 
 
@@ -291,7 +291,7 @@ def _schema(size: int, passed: pa.Schema) -> pa.Schema:
     )
 
 
-def _pixels(column: pa.ChunkedArray, decode: DecodePath) -> np.ndarray:
+def pixels_of(column: pa.ChunkedArray, decode: DecodePath) -> np.ndarray:
     """A column of fixed-size binaries as uint8 (N, C, H, W), without a copy of each."""
     size, blocks = math.prod(decode.geometry), []
     for chunk in column.chunks:

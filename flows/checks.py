@@ -52,6 +52,30 @@ def _model(config: WithModel | Pull) -> None:
     locate(config.model)
 
 
+def _warm_start(config: Train) -> None:
+    """A champion may not be there yet; anything else must."""
+    from flows.registry import CHAMPION, locate, parse
+
+    start = config.warm_start
+    if start and not (start.startswith("models:/") and parse(start)[1] == CHAMPION):
+        if start.startswith("models:/"):
+            _registry(config, start)
+        locate(start)
+
+
+def _devices(config: Train) -> None:
+    """Each process has a GPU of its own, where they are on GPUs."""
+    if config.devices == 1 or config.device == "cpu":
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    if (config.device == "cuda" or found) and config.devices > found:
+        raise ValueError(
+            f"devices={config.devices}, but torch finds {found} GPUs: use fewer, or --device cpu"
+        )
+
+
 def _table(config: Tables) -> None:
     from data.sources import check_folder
     from data.store import open_store
@@ -123,6 +147,8 @@ CHECKS: tuple[tuple[Any, Callable[[Any], None]], ...] = (
     (Command, _root),
     (Images, _source),
     (WithModel | Pull, _model),
+    (Train, _devices),
+    (Train, _warm_start),
     (Tables, _table),
     (Browse, _browsed),
     (Registered | Lineage | Clean | Reconcile, _named),

@@ -31,7 +31,7 @@ def run(command: str, config: Command, *, as_json: bool) -> int:
     check(config)
     if config.writes:
         make_root(config.root)
-    _log_to_stderr()
+    log_to_stderr()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         result = _call(command, config)
@@ -83,7 +83,8 @@ class _Redacting(logging.Formatter):
         return redact(super().format(record))
 
 
-def _log_to_stderr() -> None:
+def log_to_stderr() -> None:
+    """What happens on the way, a line each, with the time."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Redacting("%(asctime)s %(message)s", "%H:%M:%S"))
     for name in ("vae_flows", "vae"):

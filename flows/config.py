@@ -137,6 +137,13 @@ class Train(Ingest):
     )
     model_name: str = Field("", description="name in the MLflow registry; by default vae-<source>")
     device: Device = Field("auto", description="auto: the GPU when there is one")
+    devices: int = Field(1, ge=1, description="processes that train together, each on a GPU of its own")
+    resident_mib: int = Field(
+        4096, ge=0, description="MiB of training images that stay on the device; more are streamed"
+    )
+    warm_start: str = Field(
+        "", description="models:/NAME@champion, a version or a bundle's folder whose weights to start from"
+    )
     # Always filled in from the preset, so a form or a program may leave it out.
     model: ModelSettings = Field(default_factory=lambda: Config())
     training: vae.config.TrainConfig = vae.config.TrainConfig()

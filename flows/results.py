@@ -67,6 +67,21 @@ class Ingested(Result):
         return _state(self) + "\n".join(lines)
 
 
+class WarmStart(BaseModel):
+    """The model that a training started from, its validation ELBO before the first step, and what it saved.
+
+    images: how many it had seen when its own validation was as good; None where that is not known.
+    """
+
+    model: str
+    elbo: float
+    images: int | None
+
+    def __str__(self) -> str:
+        saved = "" if self.images is None else f", which had taken it {self.images:,} images"
+        return f"started from {self.model} at a validation ELBO of {self.elbo:.2f}{saved}"
+
+
 class Trained(Result):
     """A finished training: its job, the folder of the bundle, and how it went."""
 
@@ -77,10 +92,12 @@ class Trained(Result):
     weights: str
     seconds: float
     images_per_second: float
+    warm_start: WarmStart | None = None
 
     def summary(self) -> str:
         took = f"trained in {self.seconds:.0f} s, {self.images_per_second:,.0f} images/s"
-        return f"{_state(self)}model bundle {self.bundle}\n  {took}"
+        warm = f"\n  {self.warm_start}" if self.warm_start else ""
+        return f"{_state(self)}model bundle {self.bundle}\n  {took}{warm}"
 
 
 class Scores(Result):

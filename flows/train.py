@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from data.snapshot import open_snapshot, resident
+from data.blocks import Split
+from data.snapshot import open_snapshot
 from data.store import Store
 from flows.config import Ingest, Train, narrow
 from flows.devices import gpu_slot, pick_device
+from flows.fitting import fit_split, remove_checkpoints, stop_signal, training_job
 from flows.ingest import snapshot_of
-from flows.jobs import digest, job_store, lock, put_record, read_record
+from flows.jobs import job_store, lock, put_record, read_record
+from flows.launch import train_on_ranks
 from flows.progress import Advance, progress
 from flows.results import Ingested, Trained
 from flows.tracking import Run, tracked
+from flows.warm_start import pin_start, saved_by, validation_curve
 from flows.watch import Watch, put_history, read_history
 
 if TYPE_CHECKING:
-    from vae.config import ModelConfig
     from vae.model import Model
-    from vae.train import FitResult, Progress
+    from vae.progress import Progress
+    from vae.train import FitResult
 
 logger = logging.getLogger("vae_flows.train")
 KL_IMAGES = 1000  # validation images that the KL of each dimension is measured on
-KEEP_CHECKPOINTS = 2  # the newest may be damaged, so the one before it stays
 
 
 @flow(name="train")
@@ -56,51 +54,54 @@ def train(config: Train) -> Trained:
         return run.sign(trained)
 
 
-def training_job(config: Train, ingested: Ingested) -> str:
-    """The key of a training: the images, the model, the training. The device may differ."""
-    model, training = model_of(config, ingested).to_dict(), config.training.to_dict()
-    return f"train-{digest(ingested.fingerprint, model, training)}"
-
-
-def model_of(config: Train, ingested: Ingested) -> ModelConfig:
-    """The model's configuration at the snapshot's geometry."""
-    channels, height, width = ingested.geometry
-    return config.model_of(height, width, channels)
-
-
 @task(cache_policy=NO_CACHE)
 def fit_model(config: Train, ingested: Ingested, job: str, run: Run) -> Trained:
     """Fit, commit the bundle, then the record that says so."""
-    from vae.train import fit
-
     run.begin()
     store = job_store(config.root, job)
-    snapshot = open_snapshot(ingested.snapshot)
-    images = {split: resident(snapshot, split).images for split in ("train", "validation")}
-    logger.info("train: %d images, job %s", len(images["train"]), job)
+    held = held_out(ingested)
+    logger.info("train: %d images, job %s", ingested.counts["train"], job)
+    pin_start(config, ingested, store)
     device = pick_device(config.device)
+    started, begun = time.monotonic(), newest_checkpoint(store)
     with gpu_slot(device), stop_signal() as stop, progress("train") as advance:
-        started = time.monotonic()
-        result = fit(
-            model_of(config, ingested),
-            config.training,
-            images["train"],
-            validation=images["validation"],
-            device=device,
-            save=lambda step, blob: save_checkpoint(store, step, blob, run),
-            restore=lambda: read_checkpoints(store),
+        if config.devices > 1:
+            train_on_ranks(config, ingested, stop, lambda event: report_progress(event, run, advance))
+        result = fit_split(
+            config,
+            ingested,
+            store,
+            device,
+            stop,
+            before_save=run.flush,  # metrics of steps that will not be taken again must not be lost with us
             progress=lambda event: report_progress(event, run, advance),
-            watch=Watch(store, run, held(images), config.training.epochs),
-            stop=stop,
+            watch=Watch(store, run, held, config.training.epochs),
         )
-    seconds = time.monotonic() - started
     put_history(store, result)
-    return commit(store, job, ingested, result, kl_per_dim(result.model, held(images)[:KL_IMAGES]), seconds)
+    took = Took(seconds=time.monotonic() - started, share=1 - begun / result.steps)
+    return commit(store, job, ingested, result, kl_per_dim(result.model, held), took)
 
 
-def held(images: dict[str, np.ndarray]) -> np.ndarray:
-    """The validation images, or where there are none those of training."""
-    return images["validation"] if len(images["validation"]) else images["train"]
+class Took(NamedTuple):
+    """How long this command trained, and which share of all steps it took itself."""
+
+    seconds: float
+    share: float
+
+
+def held_out(ingested: Ingested) -> np.ndarray:
+    """Some validation images, or where there are none some of training."""
+    from vae.feed import first_images
+
+    snapshot = open_snapshot(ingested.snapshot)
+    return first_images(
+        Split(snapshot, "validation" if snapshot.counts.get("validation") else "train"), KL_IMAGES
+    )
+
+
+def newest_checkpoint(store: Store) -> int:
+    """The step of the newest checkpoint, 0 without one."""
+    return max((int(Path(entry.path).stem) for entry in store.entries("checkpoints")), default=0)
 
 
 def kl_per_dim(model: Model, images: np.ndarray) -> list[float] | None:
@@ -117,7 +118,7 @@ def commit(
     ingested: Ingested,
     result: FitResult,
     kl_per_dim: list[float] | None,
-    seconds: float,
+    took: Took,
 ) -> Trained:
     """The bundle's files, its manifest last, then the job's record; the checkpoints have served."""
     from vae.bundle import to_files, weights_digest
@@ -128,6 +129,7 @@ def commit(
         "source": ingested.source,
         "generative": result.model.generative,
         "kl_per_dim": kl_per_dim,
+        "validation": validation_curve(result),
     }
     files = to_files(result.model, extra)
     bundle = store.child("bundle")
@@ -139,32 +141,13 @@ def commit(
         snapshot=ingested.snapshot,
         fingerprint=ingested.fingerprint,
         weights=weights_digest(files),
-        seconds=seconds,
-        images_per_second=(result.images_seen - result.resumed_at * result.images_seen / result.steps)
-        / seconds,
+        seconds=took.seconds,
+        images_per_second=result.images_seen * took.share / took.seconds,
+        warm_start=saved_by(store, result),
     )
     put_record(store, "trained.json", record.model_dump(mode="json", exclude={"run_id", "changed"}))
-    for entry in list(store.entries("checkpoints")):
-        store.delete(entry.path)
+    remove_checkpoints(store)
     return record.model_copy(update={"changed": True})
-
-
-def save_checkpoint(store: Store, step: int, blob: bytes, run: Run) -> None:
-    """Commit a checkpoint, then remove all but the newest ones."""
-    run.flush()  # metrics of steps that will not be taken again must not be lost with this process
-    store.put_if_absent(f"checkpoints/{step:010d}.safetensors", blob)
-    logger.info("train: checkpoint at step %d", step)
-    for entry in sorted(store.entries("checkpoints"))[:-KEEP_CHECKPOINTS]:
-        store.delete(entry.path)
-
-
-def read_checkpoints(store: Store) -> Iterator[bytes]:
-    """The checkpoints, newest first; one that did not serve is removed."""
-    for entry in sorted(store.entries("checkpoints"), reverse=True):
-        logger.info("train: resuming from %s", entry.path)
-        yield store.get(entry.path)
-        # Asked for another: this one is damaged, and would stand in the way of a new one of its step.
-        store.delete(entry.path)
 
 
 def report_progress(event: Progress, run: Run, advance: Advance) -> None:
@@ -177,34 +160,3 @@ def report_progress(event: Progress, run: Run, advance: Advance) -> None:
         logger.info("train: validation, %s", words)
     else:
         advance(event.step, event.steps, f"{words}, {event.images_per_second:,.0f} images/s")
-
-
-@contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM as a question that `fit` asks between steps, so that it stops with a checkpoint.
-
-    The signal is raised again afterwards, for whoever else has to know. One that is ignored (Ctrl-C, by a
-    job in the background) stays ignored.
-    """
-    received: list[int] = []
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        received.append(number)  # and no more: a log's lock may be held by what the signal interrupts
-
-    def stop() -> bool:
-        if received:
-            logger.info("train: %s, stopping with a checkpoint", signal.Signals(received[0]).name)
-        return bool(received)
-
-    if threading.current_thread() is not threading.main_thread():  # the only one that may handle signals
-        yield lambda: False
-        return
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, receive) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if received:
-            signal.raise_signal(received[0])

@@ -57,6 +57,22 @@ def unpack(blob: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
+def digest(tensors: Mapping[str, Tensor] | None) -> str | None:
+    """What names these tensors; None for none."""
+    if tensors is None:
+        return None
+    state = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        state.update(name.encode())
+        state.update(tensors[name].detach().cpu().contiguous().numpy().data)
+    return state.hexdigest()
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of this prefix, without it."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
 def _place(blob: bytes) -> int:
     """Where the digest stands: in the header, which follows 8 bytes of its length, and once."""
     size = int.from_bytes(blob[:8], "little")

@@ -235,18 +235,26 @@ class AutoencoderConfig(NetworkConfig):
 class TrainConfig(Config):
     """How to train, whatever the model.
 
-    batch_size in images; learning_rate is Adam's, held ('constant') or taken to zero along half a cosine
-    ('cosine', Loshchilov & Hutter 2017) by learning_rate_schedule, after a linear rise over the first
-    learning_rate_warmup_epochs. A step whose gradient's norm is not finite, or above gradient_skip times its
-    running average, is left out (0: none is). ema_decay, if not 0: the decay a step of the weights' moving
-    average, which is then what is validated and kept. The loss is the negative ELBO with
+    batch_size in images, worked on in parts of micro_batch (0: whole, until memory does not suffice).
+    acceleration: on a GPU, 'graph' records a step and replays it; 'compile' is torch.compile, on any device.
+    precision: 'float32', 'bfloat16' for matrix products alone, or 'auto' (bfloat16 on a GPU that has it).
+    shuffle_mib: pixels shuffled at once, of a set that has more. flip, shift: augmentation, each image
+    mirrored every other time, and moved by up to so many pixels either way.
+    learning_rate is Adam's, held ('constant') or taken to zero along half a cosine ('cosine', Loshchilov &
+    Hutter 2017) by learning_rate_schedule, after a linear rise over the first learning_rate_warmup_epochs.
+    A step whose gradient's norm is not finite, or above gradient_skip times its running average, is left
+    out (0: none is). ema_decay, if not 0: the decay a step of the weights' moving average, which is then
+    what is validated and kept. The loss is the negative ELBO with
     - beta: the KL's final weight (Higgins et al. 2017), reached by beta_schedule: 'constant',
       'warmup' (linear over the first warmup_epochs) or 'cyclic' (Fu et al. 2019: `cycles` ramps);
     - free_bits: nats that each latent level may use at no cost (Kingma et al. 2016);
     - kl_balancing: levels that carry much pay more while beta is below its final value (Vahdat & Kautz 2020);
     or, with objective='iwae', the bound of `samples` importance samples (Burda et al. 2016), its
     gradient 'dreg', doubly reparameterized (Tucker et al. 2018), or 'plain'.
-    log_every and checkpoint_every count steps; a checkpoint is also taken at the end of each epoch.
+    patience: epochs without a better validation ELBO after which training stops, with the best weights (0:
+    never). rollbacks: how often training may go back to its last checkpoint, with half the learning rate,
+    after a loss that is not finite. log_every and checkpoint_every count steps; a checkpoint is also taken
+    at the end.
     """
 
     epochs: int = 20
@@ -254,8 +262,16 @@ class TrainConfig(Config):
     learning_rate: float = 2e-3
     learning_rate_schedule: Literal["constant", "cosine"] = "constant"
     learning_rate_warmup_epochs: float = 0.0
-    gradient_skip: float = 10.0
+    gradient_skip: float = 20.0
     ema_decay: float = 0.0
+    micro_batch: int = 0
+    acceleration: Literal["none", "graph", "compile"] = "none"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    shuffle_mib: int = 256
+    flip: bool = False
+    shift: int = 0
+    patience: int = 0
+    rollbacks: int = 3
     seed: int = 0
     objective: Literal["elbo", "iwae"] = "elbo"
     samples: int = 1
@@ -271,8 +287,12 @@ class TrainConfig(Config):
 
     def __post_init__(self) -> None:
         self._check_types()
-        for name in ("epochs", "batch_size", "samples", "cycles", "log_every", "checkpoint_every"):
+        counts = ("epochs", "batch_size", "samples", "cycles", "shuffle_mib", "log_every", "checkpoint_every")
+        for name in counts:
             check_range(name, getattr(self, name), 1)
+        for name in ("micro_batch", "patience", "rollbacks"):
+            check_range(name, getattr(self, name), 0)
+        check_range("shift", self.shift, 0, 64)
         for name in ("beta", "warmup_epochs", "free_bits", "learning_rate_warmup_epochs"):
             check_range(name, getattr(self, name), 0, 1e6)
         check_range("ema_decay", self.ema_decay, 0, 0.99999)
@@ -288,6 +308,10 @@ class TrainConfig(Config):
         if self.objective == "iwae" and weighted:
             raise ValueError(
                 "objective='iwae' is a bound on log p(x): it takes no beta, schedule, free_bits or balancing"
+            )
+        if self.acceleration == "graph" and self.beta_schedule != "constant":
+            raise ValueError(
+                f"acceleration='graph' records one beta, and beta_schedule={self.beta_schedule!r} has many"
             )
         if self.objective == "elbo" and self.samples != 1:
             raise ValueError(
@@ -339,7 +363,7 @@ class LadderConfig(ModelConfig):
 
     One entry a stage, finest first. strides: how many times smaller than the stage before (the image, for
     the first), rounding up; hidden: feature channels; levels: stochastic levels, 0 for features alone;
-    latents: latent channels of each of its levels. () chooses by geometry. blocks: residual blocks
+    latents: latent channels of each of its levels. () chooses by geometry. blocks: gated residual blocks
     before each level, on either path. overlap: a patch of the larger stage is made from the features of its
     neighbours too, not from its own alone.
 

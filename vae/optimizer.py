@@ -78,8 +78,10 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: TrainConfig):
         self.parameters = list(model.parameters())
-        self.adam = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True)
-        self.guard = Guard(config.gradient_skip, self.parameters[0].device)
+        device = self.parameters[0].device
+        on_gpu = device.type == "cuda"  # where its steps may be recorded
+        self.adam = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True, capturable=on_gpu)
+        self.guard = Guard(config.gradient_skip, device)
         self.decay = config.ema_decay
         self.averages = [p.detach().clone() for p in self.parameters] if self.decay else []
 
@@ -87,8 +89,14 @@ class Optimizer:
         """Forget the gradients."""
         self.adam.zero_grad()
 
-    def step(self, rate: float, t: int) -> Tensor:
+    def step(self, rate: float | Tensor, t: int) -> Tensor:
         """Follow the gradients at this learning rate, as step t (from 0); 1.0 if it was left out, else 0."""
+        left_out = self.follow(rate)
+        self.average(t)
+        return left_out
+
+    def follow(self, rate: float | Tensor) -> Tensor:
+        """The step alone; a rate on the device may change between replays of a recorded step."""
         left_out = torch.zeros((), device=self.guard.state.device)
         if self.guard.factor:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -96,9 +104,12 @@ class Optimizer:
             self.adam.found_inf = left_out  # type: ignore[attr-defined]  # what the fused kernel asks
         self.adam.param_groups[0]["lr"] = rate
         self.adam.step()
+        return left_out
+
+    def average(self, t: int) -> None:
+        """Take the weights after step t (from 0) into their average."""
         if self.averages:
             torch._foreach_lerp_(self.averages, self._weights(), 1 - min(self.decay, (1 + t) / (10 + t)))
-        return left_out
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

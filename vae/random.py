@@ -35,7 +35,7 @@ def generator(seed: int, stream: str, name: str | int, device: torch.device | st
     return torch.Generator(device).manual_seed(key)
 
 
-def permutation(seed: int, epoch: int, size: int) -> Tensor:
+def permutation(seed: int, epoch: int | str, size: int) -> Tensor:
     """The order in which an epoch visits `size` images: f(seed, epoch), on every device the same.
 
     >>> sorted(permutation(0, 0, 5).tolist())

@@ -1,69 +1,60 @@
-"""fit(): train any model of the allowlist on resident images, and resume it to the bit.
+"""fit(): train any model of the allowlist, at the speed of its device, and resume it to the bit.
 
 Every draw is a function of (seed, step), the order of an epoch of (seed, epoch), and a checkpoint holds the
 weights, the optimizer and the running sums. So a run that is stopped and resumed at any step, mid-epoch
 too, ends with the weights and the history of one that was not.
 
-Legend: N images, B batch, K draws an image, C channels, H W pixels, D latent dimensions.
+The parts: `vae.feed` brings the images, `vae.augment` varies them, `vae.step` takes a step with
+`vae.optimizer`, on one device or on `vae.ranks`, and `vae.progress` sums up. Here is the loop around them:
+what it reports, when it saves, when it stops, and what it does when a loss is no number.
+
+Legend: N images, B batch, C channels, H W pixels.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vae import checkpoint, pixels
+from vae import checkpoint, pixels, ranks
+from vae.augment import augment, numbers
+from vae.beside import Beside
 from vae.config import ModelConfig, TrainConfig
+from vae.feed import MIB, Array, Batch, Blocks, Feed, first_images
 from vae.model import Model, build
-from vae.objective import Terms, beta_at, terms, training_loss
+from vae.objective import beta_at
 from vae.optimizer import Optimizer, learning_rate_at
-from vae.random import StepDraws, permutation
+from vae.progress import Meter, Progress
+from vae.step import Stepper
+from vae.validation import mean_terms
 
 logger = logging.getLogger("vae")
 
 INITIAL_IMAGES = 1024
 """How many training images a model's data-dependent initialisation sees."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One line of a run's history: means over the images since the line before, or over a whole split.
-
-    split: 'train' (every log_every steps), 'epoch' (the training images of a finished epoch, as they were
-    met), 'validation' (the whole split, after an epoch). elbo, log_likelihood, kl in nats an image,
-    unweighted; loss is what training minimises, with beta as it stood. images counts all seen so far,
-    skipped the steps so far that were left out for their gradient (in no mean, if their loss is not finite).
-    images_per_second is of this process and does not count in comparisons.
-    """
-
-    split: str
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    images: int
-    skipped: int
-    elbo: float
-    log_likelihood: float
-    kl: float
-    loss: float | None
-    beta: float
-    images_per_second: float = field(compare=False)
+BUDGET = 4 * 2**30
+"""Bytes of training images that stay on the device, where nothing else is said."""
+ASK_EVERY = 10
+"""Steps after which several ranks ask each other whether to stop."""
+ROLL_BACK_FACTOR = 0.5
+"""What the learning rate is multiplied by when training goes back to its last good state."""
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """The trained model (in evaluation mode) and how it came about."""
+    """The trained model (in evaluation mode) and how it came about.
+
+    steps were taken, fewer than planned after an early stop; resumed_at is the step this process began at.
+    """
 
     model: Model
     history: tuple[Progress, ...]
@@ -84,37 +75,6 @@ class NonFiniteLoss(ArithmeticError):
     """The loss or a weight became NaN or infinite; no checkpoint holds it."""
 
 
-class Meter:
-    """Sums over images in float64: an interval's on the device, read when it ends; an epoch's on the host."""
-
-    def __init__(self, device: torch.device | str):
-        self.interval = torch.zeros(4, dtype=torch.float64, device=device)
-        self.epoch = torch.zeros(4, dtype=torch.float64)
-
-    def add(self, now: Terms, loss: Tensor, images: int, left_out: Tensor) -> None:
-        """Add a batch, without waiting for the device; rows beyond one an image are draws, and averaged.
-
-        A batch without finite figures is not added where its step was left out: then it did no harm.
-        """
-        with torch.no_grad():
-            log_likelihood, kl = now.log_likelihood.mean(), now.kl.sum(1).mean()
-            batch = images * torch.stack([torch.ones_like(kl), log_likelihood, kl, loss])
-            self.interval += batch.where(batch.isfinite().all() | (left_out == 0), 0.0)
-
-    def read_interval(self) -> tuple[float, ...]:
-        """(log_likelihood, kl, loss), means over the images since the last reading."""
-        sums = self.interval.cpu().clone()
-        self.epoch += sums
-        self.interval.zero_()
-        return tuple((sums[1:] / sums[0]).tolist())
-
-    def read_epoch(self) -> tuple[float, ...]:
-        """The same over the intervals read since the last epoch."""
-        means = tuple((self.epoch[1:] / self.epoch[0]).tolist())
-        self.epoch.zero_()
-        return means
-
-
 def _ignore(_: Progress) -> None:
     """The default progress callback."""
 
@@ -123,49 +83,84 @@ def _look_away(epoch: int, step: int, model: Model) -> None:
     """The default of `watch`."""
 
 
+def _discard(step: int, blob: bytes) -> None:
+    """The default store of checkpoints."""
+
+
 def fit(
     model_config: ModelConfig,
     train_config: TrainConfig,
-    images: np.ndarray,
+    images: np.ndarray | Blocks,
     *,
-    validation: np.ndarray | None = None,
+    validation: np.ndarray | Blocks | None = None,
     device: str | torch.device = "cpu",
-    save: Callable[[int, bytes], None] | None = None,
-    restore: Callable[[], Iterator[bytes]] | None = None,
+    budget: int = BUDGET,
+    initial: Mapping[str, Tensor] | None = None,
+    save: Callable[[int, bytes], None] = _discard,
+    restore: Callable[[], Iterator[bytes]] = lambda: iter(()),
     progress: Callable[[Progress], None] = _ignore,
     watch: Callable[[int, int, Model], None] = _look_away,
     stop: Callable[[], bool] = lambda: False,
 ) -> FitResult:
     """Train a model on images (N, C, H, W) uint8, with an exact ELBO of `validation` after each epoch.
 
+    In a group of processes that torch's launcher began, every rank calls this with the same arguments; the
+    first alone saves and reports.
+
     Args:
+        images, validation: an array, or blocks of a set that may be larger than memory.
+        budget: bytes of training images that may stay on the device; more are streamed. The result is the
+            same either way.
+        initial: weights to start from, of a model of this configuration.
         save: commits one checkpoint, called with the step and the blob: every checkpoint_every steps, at
-            the end, and when stopped.
+            the end, and when stopped. Made beside training, on a thread of its own, like `progress`.
         restore: yields checkpoints of this very run, newest first; a damaged one is logged and skipped.
         progress: called with each line of the history.
-        watch: called after each epoch with it, the step and the model in evaluation mode, to look at only.
+        watch: called after each epoch with it, the step and the model in evaluation mode, to look at only;
+            training waits for it, and it for the calls beside training.
         stop: asked between steps; when true, a checkpoint is saved and `Interrupted` raised.
 
     Raises:
         ValueError: images that do not fit the model, or a checkpoint of another run.
-        NonFiniteLoss: the loss or a weight is not finite; nothing later than the last good state is saved.
+        NonFiniteLoss: the loss or a weight was not finite, and was not either after going back to the last
+            good state with a lower learning rate, `rollbacks` times; nothing later than that state is saved.
     """
-    _check_images(model_config, images, validation)
-    run = _Run(model_config, train_config, images, validation, torch.device(device), progress, watch)
-    run.resume(restore() if restore else iter(()))
-    resumed_at = run.step
-    run.train(save or (lambda step, blob: None), stop)
-    run.optimizer.settle()
-    history = tuple(run.history)
-    return FitResult(run.model.eval(), history, run.step, run.images_seen, resumed_at)
-
-
-def _check_images(config: ModelConfig, images: np.ndarray, validation: np.ndarray | None) -> None:
-    if not len(images):
+    data, held_out = _checked(model_config, images), _checked(model_config, validation)
+    if data is None:
         raise ValueError("there are no training images")
-    for split in (images, validation):
-        if split is not None:
-            pixels.check(config, split)
+    if train_config.patience and held_out is None:
+        raise ValueError(f"patience={train_config.patience} needs validation images, and there are none")
+    with Beside() as beside:
+        run = _Run(model_config, train_config, data, held_out, torch.device(device), budget, initial)
+        run.report = lambda line: beside.submit(progress, line)
+        run.watch = lambda *looked_at: _after(beside, watch, *looked_at)
+        run.resume(restore())
+        resumed_at = run.step
+        run.train(lambda step, *state: beside.submit(_commit, save, step, *state), stop, beside)
+    return FitResult(run.result(), tuple(run.history), run.step, run.images_seen, resumed_at)
+
+
+def _after(
+    beside: Beside, watch: Callable[[int, int, Model], None], epoch: int, step: int, model: Model
+) -> None:
+    beside.finish()
+    watch(epoch, step, model)
+
+
+def _commit(
+    save: Callable[[int, bytes], None], step: int, tensors: dict[str, Tensor], facts: dict[str, Any]
+) -> None:
+    save(step, checkpoint.pack(tensors, facts))
+
+
+def _checked(config: ModelConfig, images: np.ndarray | Blocks | None) -> Blocks | None:
+    """The images as blocks, refused where they do not fit the model; None where there are none."""
+    if images is None or isinstance(images, np.ndarray):
+        images = Array(np.empty((0,)) if images is None else images)
+    if not sum(images.sizes):
+        return None
+    pixels.check(config, images.read(0))
+    return images
 
 
 def _check_objective(model: Model, config: TrainConfig) -> None:
@@ -183,6 +178,9 @@ def _check_objective(model: Model, config: TrainConfig) -> None:
         )
 
 
+State = tuple[dict[str, Tensor], dict[str, Any]]  # named tensors on the host, and facts
+
+
 class _Run:
     """The state of one training run, and the steps that move it."""
 
@@ -190,69 +188,109 @@ class _Run:
         self,
         model_config: ModelConfig,
         config: TrainConfig,
-        images: np.ndarray,
-        validation: np.ndarray | None,
+        images: Blocks,
+        validation: Blocks | None,
         device: torch.device,
-        progress: Callable[[Progress], None],
-        watch: Callable[[int, int, Model], None] = _look_away,
+        budget: int,
+        initial: Mapping[str, Tensor] | None,
     ):
-        self.config, self.device, self.progress, self.watch = config, device, progress, watch
-        self.images = pixels.tensor(images).to(device)
-        self.validation = self.images[:0] if validation is None else pixels.tensor(validation)
-        self.model = build(model_config, config.seed).to(device)
-        _check_objective(self.model, config)
-        self.model.initialize(self.images[:INITIAL_IMAGES])
+        self.config, self.device, self.validation = config, device, validation
+        self.ranks = ranks.here()
+        self.report: Callable[[Progress], object] = _ignore
+        self.watch: Callable[[int, int, Model], object] = _look_away
+        window = config.shuffle_mib * MIB
+        self.feed = Feed(images, config.seed, config.batch_size, window, budget, device)
+        self.model = _started(model_config, config, images, device, initial)
         self.optimizer = Optimizer(self.model, config)
-        self.steps_per_epoch = math.ceil(len(images) / config.batch_size)
+        self.stepper = Stepper(self.model, config, self.optimizer, self.ranks)
+        self.meter = Meter(device, self.ranks)
+        self.steps_per_epoch = math.ceil(self.feed.count / config.batch_size)
         self.steps = config.epochs * self.steps_per_epoch
-        self.step = self.images_seen = 0
-        self.meter = Meter(device)
+        self.step = self.images_seen = self.rollbacks = 0
         self.history: list[Progress] = []
+        self.best: dict[str, Tensor] = {}  # the weights of the best validation, where patience may run out
+        self.starts_warm = initial is not None
         self.identity = {
             "model": model_config.to_dict(),
             "train": config.to_dict(),
-            "images": _digest(images),
+            "images": images.digest,
+            "initial": checkpoint.digest(initial),
         }
         self._timed_from = (time.perf_counter(), 0)
 
     # -- training
 
-    def train(self, save: Callable[[int, bytes], None], stop: Callable[[], bool]) -> None:
-        """Go on from the present step to the last."""
+    def train(self, save: Callable[..., object], stop: Callable[[], bool], beside: Beside) -> None:
+        """Go on from the present step to the last, or until validation has not improved for long enough."""
         self.model.train()
+        good = self.state()
+        if self.starts_warm and not self.history:
+            self._validate()
+        while not self.finished:
+            try:
+                for batch in self._rest_of_epoch():
+                    if self._asked(stop):
+                        self._save(save)
+                        beside.finish()
+                        raise Interrupted(self.step)
+                    self.advance(batch)
+                    if self.step % self.config.checkpoint_every == 0 or self.finished:
+                        good = self._save(save)
+            except NonFiniteLoss as error:
+                self._roll_back(good, error)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step was taken, or validation has not become better for `patience` epochs."""
+        if not self.config.patience or self.step % self.steps_per_epoch:
+            return self.step == self.steps
+        return self.step == self.steps or self._stale() >= self.config.patience
+
+    def _stale(self) -> int:
+        """Epochs since the best validation."""
+        scores = [line.elbo for line in self.history if line.split == "validation"]
+        return len(scores) - 1 - max(range(len(scores)), key=scores.__getitem__) if scores else 0
+
+    def _rest_of_epoch(self) -> Iterator[Batch]:
+        epoch, position = divmod(self.step, self.steps_per_epoch)
         self._timed_from = (time.perf_counter(), self.images_seen)
-        order = self._order()
-        while self.step < self.steps:
-            if stop():
-                save(self.step, self.checkpoint())
-                raise Interrupted(self.step)
-            position = self.step % self.steps_per_epoch
-            if position == 0:
-                order = self._order()
-            size = self.config.batch_size
-            self.train_step(self.images[order[position * size : (position + 1) * size]])
-            self._report()
-            if self.step % self.config.checkpoint_every == 0 or self.step == self.steps:
-                save(self.step, self.checkpoint())
+        return self.feed.epoch(epoch, position)
 
-    def _order(self) -> Tensor:
-        epoch = self.step // self.steps_per_epoch
-        return permutation(self.config.seed, epoch, len(self.images)).to(self.device)
-
-    def train_step(self, batch: Tensor) -> None:
-        """One step on a batch (B, C, H, W) uint8; nothing here waits for the device."""
+    def advance(self, batch: Batch) -> None:
+        """One step on a batch, and what is to be reported after it."""
         config = self.config
-        draws = StepDraws(config.seed, self.step, len(batch), self.device)
-        seen, target = self.model.observe(batch, draws)
-        noise = draws.normal("posterior", config.samples, self.model.latent_dim)
-        inference = self.model.infer(seen, noise.transpose(0, 1).flatten(0, 1))
-        loss, now = training_loss(config, beta_at(config, self.step, self.steps), inference, target)
-        self.optimizer.zero_grad()
-        loss.backward()
-        left_out = self.optimizer.step(learning_rate_at(config, self.step, self.steps), self.step)
-        self.meter.add(now, loss, len(batch), left_out)
+        images = batch.images
+        if config.flip or config.shift:
+            epoch = self.step // self.steps_per_epoch
+            images = augment(images, numbers(config.seed, epoch, batch.rows), config.flip, config.shift)
+        rate = learning_rate_at(config, self.step, self.steps) * ROLL_BACK_FACTOR**self.rollbacks
+        self.meter.add(*self.stepper(images, self.step, self.steps, rate))
         self.step += 1
-        self.images_seen += len(batch)
+        self.images_seen += len(images)
+        self._report()
+
+    def _asked(self, stop: Callable[[], bool]) -> bool:
+        """Whether to stop. Ranks ask each other, which waits for the device, and so do it now and then."""
+        if self.ranks.world == 1:
+            return stop()
+        return self.step % ASK_EVERY == 0 and self.ranks.agree(stop(), self.device)
+
+    def _roll_back(self, good: State, error: NonFiniteLoss) -> None:
+        """Back to the last good state with a lower rate; or a clear end, when that was tried often enough."""
+        if self.rollbacks == self.config.rollbacks:
+            raise NonFiniteLoss(f"{error}; gone back {self.rollbacks} times") from error
+        rollbacks = self.rollbacks + 1
+        self._take_up(*good)
+        self.rollbacks = rollbacks
+        factor = ROLL_BACK_FACTOR**rollbacks
+        logger.warning("train: %s: back to step %d, learning rate times %g", error, self.step, factor)
+
+    def result(self) -> Model:
+        """The model with the weights that are kept: the best, the averaged, or the last."""
+        self.optimizer.settle()
+        if self.best:
+            self.model.load_state_dict(self.best)
+        return self.model.eval()
 
     # -- reporting
 
@@ -264,11 +302,19 @@ class _Run:
         if epoch_ends:
             self._record("epoch", *self.meter.read_epoch())
             with self.optimizer.averaged():  # the weights that this training would end with now
-                if len(self.validation):
-                    self._record("validation", *self._validate(self.validation))
-                self.watch(self.step // self.steps_per_epoch, self.step, self.model.eval())
-                self.model.train()
+                self._validate()
+                if self.ranks.first:
+                    self.watch(self.step // self.steps_per_epoch, self.step, self.model.eval())
+                    self.model.train()
             self._timed_from = (time.perf_counter(), self.images_seen)
+
+    def _validate(self) -> None:
+        if self.validation is None:
+            return
+        found = mean_terms(self.model, self.validation, self.config.seed, self.ranks)
+        self._record("validation", *found)
+        if self.config.patience and self._stale() == 0:
+            self.best = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
     def _record(self, split: str, log_likelihood: float, kl: float, loss: float | None = None) -> None:
         since, before = self._timed_from
@@ -284,28 +330,13 @@ class _Run:
             log_likelihood=log_likelihood,
             kl=kl,
             loss=loss,
-            beta=beta_at(self.config, self.step - 1, self.steps),
+            beta=beta_at(self.config, max(self.step - 1, 0), self.steps),
             images_per_second=(self.images_seen - before) / (time.perf_counter() - since),
         )
         self._require_finite(line)
         self.history.append(line)
-        self.progress(line)
-
-    @torch.no_grad()
-    def _validate(self, images: Tensor) -> tuple[float, float]:
-        """(log_likelihood, kl), means over the whole split; the same draws after every epoch."""
-        self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        size = pixels.rows_at_once(self.model.config)
-        for start in range(0, len(images), size):
-            batch = images[start : start + size].to(self.device)
-            draws = StepDraws(self.config.seed, f"validation/{start}", len(batch), self.device)
-            seen, target = self.model.observe(batch, draws)
-            now = terms(self.model.infer(seen, draws.normal("posterior", self.model.latent_dim)), target)
-            sums += torch.stack([now.log_likelihood.sum(), now.kl.sum()])
-        self.model.train()
-        log_likelihood, kl = (sums / len(images)).tolist()
-        return log_likelihood, kl
+        if self.ranks.first:
+            self.report(line)
 
     def _require_finite(self, line: Progress) -> None:
         if not math.isfinite(line.elbo + (line.loss or 0.0)):
@@ -316,17 +347,31 @@ class _Run:
 
     # -- checkpoints
 
-    def checkpoint(self) -> bytes:
-        """The whole state as one blob, after making sure that it is finite."""
+    def _save(self, save: Callable[..., object]) -> State:
+        state = self.state()
+        if self.ranks.first:
+            save(self.step, *state)
+        return state
+
+    def state(self) -> State:
+        """A copy of everything on the host, after making sure that it is finite."""
+        self.meter.gather()
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         tensors |= {"meter.interval": self.meter.interval, "meter.epoch": self.meter.epoch}
-        for name, tensor in tensors.items():
+        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        for name, tensor in copies.items():
             if not tensor.isfinite().all():
                 raise NonFiniteLoss(f"{name} is not finite after step {self.step}: no checkpoint was taken")
-        history = [dataclasses.asdict(line) for line in self.history]
-        facts = {"step": self.step, "images_seen": self.images_seen, "history": history}
-        return checkpoint.pack(tensors, {"run": self.identity} | facts)
+        return copies, {
+            "run": self.identity,
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "rollbacks": self.rollbacks,
+            "micro_batch": self.stepper.micro,
+            "history": [dataclasses.asdict(line) for line in self.history],
+        }
 
     def resume(self, candidates: Iterator[bytes]) -> None:
         """Take up the newest whole checkpoint, if there is one."""
@@ -337,32 +382,52 @@ class _Run:
                 logger.warning("checkpoint %d, counted from the newest, is skipped: %s", number, error)
                 continue
             self._check_identity(facts["run"])
-            self._restore(tensors, facts)
+            self._take_up(tensors, facts)
             return
 
     def _check_identity(self, saved: dict[str, Any]) -> None:
         for part, mine in self.identity.items():
-            if saved[part] != _json(mine):
-                raise ValueError(f"the checkpoint is of another run: its {part} is {saved[part]}, not {mine}")
+            if saved.get(part) != _json(mine):
+                raise ValueError(
+                    f"the checkpoint is of another run: its {part} is {saved.get(part)}, not {mine}"
+                )
 
-    def _restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        self.model.load_state_dict(_under("model.", tensors))
-        self.optimizer.restore(_under("optimizer.", tensors))
-        self.meter.interval.copy_(tensors["meter.interval"])
-        self.meter.epoch.copy_(tensors["meter.epoch"])
-        self.step, self.images_seen = facts["step"], facts["images_seen"]
+    def _take_up(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        self.model.load_state_dict(checkpoint.under("model.", tensors))
+        self.optimizer.restore(checkpoint.under("optimizer.", tensors))
+        self.best = {
+            name: tensor.to(self.device) for name, tensor in checkpoint.under("best.", tensors).items()
+        }
+        self.meter.restore(tensors["meter.interval"], tensors["meter.epoch"])
+        self.step, self.images_seen, self.rollbacks = facts["step"], facts["images_seen"], facts["rollbacks"]
+        self.stepper.micro = facts["micro_batch"]
+        self.stepper.forget()
         self.history = [Progress(**line) for line in facts["history"]]
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def _digest(images: np.ndarray) -> str:
-    """Of the pixels and their shape, so that a resumed run is known to see the same data."""
-    state = hashlib.blake2b(repr(images.shape).encode(), digest_size=16)
-    state.update(np.ascontiguousarray(images).data)
-    return state.hexdigest()
+def _started(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    images: Blocks,
+    device: torch.device,
+    initial: Mapping[str, Tensor] | None,
+) -> Model:
+    """A new model, with what starts from the data, or with the given weights."""
+    model = build(model_config, config.seed).to(device)
+    _check_objective(model, config)
+    if initial is None:
+        model.initialize(pixels.tensor(first_images(images, INITIAL_IMAGES)).to(device))
+        return model
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in initial.items()}
+    if shapes != given:
+        other = sorted(name for name in shapes | given if shapes.get(name) != given.get(name))
+        raise ValueError(
+            f"the weights to start from are of another model: {other[0]} is {given.get(other[0])}, "
+            f"not {shapes.get(other[0])}"
+        )
+    model.load_state_dict(dict(initial))
+    return model
 
 
 def _json(value: Any) -> Any:

@@ -1,0 +1,417 @@
+"""Training beside its peers and its limit: one process a variant, in turn, on the same images.
+
+    python benchmarks/train.py --data DIR --examples main.py --pythae PYTHON --rounds 5
+
+DIR holds Fashion-MNIST's idx files; main.py is pytorch/examples' vae/main.py; PYTHON is an interpreter that
+has pythae and torch. Neither peer is part of this repository: their own training loops run, from where they
+are installed. Every variant trains the same network (Kingma and Welling's MLP 784-400-20, or convolutions
+32-64-128) on the same statically binarised images, with the same batch and optimizer (Adam, 1e-3), on as many
+threads as OMP_NUM_THREADS says.
+
+Rounds go on where an earlier call stopped; `--elbo` scores each variant after equal epochs instead; `--table`
+prints the table of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import importlib.util
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results/train.json"
+BATCH, RATE, LATENT = 128, 1e-3, 20
+MODELS: dict[str, dict[str, Any]] = {
+    "mlp": {"network": "mlp", "hidden": (400,)},
+    "conv": {"network": "conv", "hidden": (32, 64, 128)},
+}
+IMAGES = {"mlp": 19_200, "conv": 2_560}  # trained on in a timed epoch, of which there are
+EPOCHS = {"mlp": 2, "conv": 1}
+ELBO_EPOCHS = {"mlp": 3, "conv": 1}  # of all 60,000
+VARIANTS = ("examples", "pythae", "ours", "limit")
+GOALS = {
+    "mlp": {"examples": 3.0, "pythae": 1.5, "limit": 0.95},
+    "conv": {"examples": 1.4, "pythae": 1.25, "limit": 0.95},
+}
+
+
+def binarised(folder: str, split: str) -> np.ndarray:
+    """One split as uint8 (N, 1, 28, 28), 0 or 255."""
+    plain = Path(folder, f"{split}-images-idx3-ubyte")
+    data = plain.read_bytes() if plain.exists() else gzip.decompress(Path(f"{plain}.gz").read_bytes())
+    images = np.frombuffer(data, np.uint8, offset=16).reshape(-1, 1, 28, 28)
+    return (images > 127) * np.uint8(255)
+
+
+def our_config(name: str) -> Any:
+    from vae.config import FlatConfig
+
+    geometry = {"height": 28, "width": 28, "channels": 1, "latent_dim": LATENT}
+    return FlatConfig(**geometry, likelihood="bernoulli", **MODELS[name])
+
+
+class Clock:
+    """Wall and CPU seconds since it was started."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        return {"seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.cpu}
+
+
+# A variant: (model, training images, epochs before the timed ones, timed epochs) -> its time and its trained
+# network, x in [0, 1] (B, 1, 28, 28) -> (probabilities (B, 784) with noise eps (B, D), mean, log-variance).
+Network = Callable[[Any, Any], tuple[Any, Any, Any]]
+
+
+def ours(name: str, images: np.ndarray, warm: int, timed: int) -> tuple[dict[str, float], Network]:
+    """`fit`, as `vae-flows train` calls it."""
+    from data.heap import keep_freed_memory
+    from vae.config import TrainConfig
+    from vae.train import fit
+
+    keep_freed_memory()
+    clock, asked = Clock(), iter(range(10**9))
+    first = warm * -(-len(images) // BATCH)
+
+    def stop() -> bool:
+        if next(asked) == first:
+            clock.start()
+        return False
+
+    config = TrainConfig(epochs=warm + timed, batch_size=BATCH, learning_rate=RATE)
+    model = fit(our_config(name), config, images, stop=stop).model
+    return clock.read(), lambda x, eps: _through_ours(model, x, eps)
+
+
+def _through_ours(model: Any, x: Any, eps: Any) -> tuple[Any, Any, Any]:
+    found = model.infer((x * 255).round(), eps)
+    return found.likelihood.mean.flatten(1), found.mean, found.logvar
+
+
+def limit(name: str, images: np.ndarray, warm: int, timed: int) -> tuple[dict[str, float], Network]:
+    """The bare step on one batch that stays where it is: no data, no draws, no figures, no guard."""
+    import torch
+
+    from data.heap import keep_freed_memory
+    from vae.config import TrainConfig
+    from vae.model import build
+    from vae.objective import training_loss
+
+    keep_freed_memory()
+    model = build(our_config(name)).train()
+    adam = torch.optim.Adam(model.parameters(), lr=RATE, fused=True)
+    config, x, noise = TrainConfig(), torch.from_numpy(images[:BATCH]), torch.randn(BATCH, LATENT)
+    steps, clock = len(images) // BATCH, Clock()
+    for step in range((warm + timed) * steps):
+        if step == warm * steps:
+            clock.start()
+        loss, _ = training_loss(config, 1.0, model.infer(x, noise), x)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    return clock.read(), lambda x, eps: _through_ours(model, x, eps)
+
+
+def peer_network(name: str) -> Any:
+    """Our network as the peers' kind of module: x in [0, 1] -> (probabilities, mean, log-variance)."""
+    import torch
+
+    from vae.model import build
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build(our_config(name)).to(memory_format=torch.contiguous_format)
+
+        def encode(self, x: Any) -> tuple[Any, Any]:
+            return self.inner.posterior(x.view(-1, 1, 28, 28))
+
+        def decode(self, z: Any) -> Any:
+            return torch.sigmoid(self.inner.decoder(z)).flatten(1)
+
+        def forward(self, x: Any) -> tuple[Any, Any, Any]:
+            mean, logvar = self.encode(x)
+            return self.decode(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)), mean, logvar
+
+    return Network()
+
+
+def examples(
+    name: str, images: np.ndarray, warm: int, timed: int, program: str
+) -> tuple[dict[str, float], Network]:
+    """pytorch/examples' program, its own loader, loss and loop; the convolutions are put into it."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as folder:
+        put_mnist(Path(folder, "data/MNIST/raw"), images)
+        Path(folder, "run").mkdir()
+        os.chdir(Path(folder, "run"))
+        example = load_program(program)
+        if name != "mlp":
+            example.model = peer_network(name)
+            example.optimizer = torch.optim.Adam(example.model.parameters(), lr=RATE)
+        clock = Clock()
+        for epoch in range(warm + timed):
+            if epoch == warm:
+                clock.start()
+            example.train(epoch)
+        found = clock.read()
+        os.chdir("/")
+    return found, lambda x, eps: _through_peer(example.model, x, eps)
+
+
+def load_program(program: str) -> ModuleType:
+    """The program's definitions, data and model, without its main loop; what it prints is not shown."""
+    sys.argv = [program, "--batch-size", str(BATCH), "--no-accel"]
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  to the end of this process
+    spec = importlib.util.spec_from_file_location("example", program)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def put_mnist(folder: Path, images: np.ndarray) -> None:
+    """The images where torchvision looks for MNIST that it has downloaded."""
+    folder.mkdir(parents=True)
+    for split, part in (("train", images), ("t10k", images[:BATCH])):
+        sizes = np.array([0x803, len(part), 28, 28], ">i4").tobytes()
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(sizes + part.tobytes())
+        labels = np.array([0x801, len(part)], ">i4").tobytes() + bytes(len(part))
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(labels)
+
+
+def _through_peer(model: Any, x: Any, eps: Any) -> tuple[Any, Any, Any]:
+    import torch
+
+    mean, logvar = model.encode(x if hasattr(model, "inner") else x.flatten(1))
+    return model.decode(mean + torch.exp(0.5 * logvar) * eps), mean, logvar
+
+
+def pythae(name: str, images: np.ndarray, warm: int, timed: int) -> tuple[dict[str, float], Network]:
+    """pythae's VAE and BaseTrainer, its own loader, loss and loop, with this network in it."""
+    import logging
+
+    import torch
+    from pythae.data.datasets import BaseDataset
+    from pythae.models import VAE, VAEConfig
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.nn import BaseDecoder, BaseEncoder
+    from pythae.trainers import BaseTrainer, BaseTrainerConfig
+
+    logging.disable(logging.WARNING)
+    network = peer_network(name)
+
+    class Encoder(BaseEncoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network.inner.encoder
+            self.head = network.inner.posterior_head
+
+        def forward(self, x: Any) -> Any:
+            mean, logvar = self.head(self.network(x)).chunk(2, 1)
+            return ModelOutput(embedding=mean, log_covariance=logvar)
+
+    class Decoder(BaseDecoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network.inner.decoder
+
+        def forward(self, z: Any) -> Any:
+            return ModelOutput(reconstruction=torch.sigmoid(self.network(z)))
+
+    config = VAEConfig(input_dim=(1, 28, 28), latent_dim=LATENT, reconstruction_loss="bce")
+    pixels = torch.from_numpy(images).float() / 255
+    with tempfile.TemporaryDirectory() as folder:
+        settings = BaseTrainerConfig(
+            output_dir=folder, per_device_train_batch_size=BATCH, learning_rate=RATE, no_cuda=True
+        )
+        trainer = BaseTrainer(
+            model=VAE(config, encoder=Encoder(), decoder=Decoder()),
+            train_dataset=BaseDataset(pixels, torch.zeros(len(pixels))),
+            training_config=settings,
+        )
+        trainer.prepare_training()
+        clock = Clock()
+        for epoch in range(1, warm + timed + 1):
+            if epoch == warm + 1:
+                clock.start()
+            trainer.train_step(epoch)
+        return clock.read(), lambda x, eps: _through_peer(network, x, eps)
+
+
+def elbo_of(network: Network, images: np.ndarray) -> tuple[float, float]:
+    """(mean, standard error) over the images in nats, of one draw each, the same for every variant."""
+    import torch
+    import torch.nn.functional as F
+
+    noise = torch.randn(len(images), LATENT, generator=torch.Generator().manual_seed(0))
+    found = []
+    with torch.no_grad():
+        for start in range(0, len(images), 500):
+            x = torch.from_numpy(images[start : start + 500]).float() / 255
+            p, mean, logvar = network(x, noise[start : start + 500])
+            error = F.binary_cross_entropy(p, x.flatten(1), reduction="none").sum(1)
+            found.append(-error + 0.5 * (1 + logvar - mean**2 - logvar.exp()).sum(1))
+    values = torch.cat(found).double()
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+
+def one(options: argparse.Namespace) -> dict[str, Any]:
+    """What one process measures."""
+    import torch
+
+    images = binarised(options.data, "train")
+    warm, timed = (0, ELBO_EPOCHS[options.model]) if options.elbo else (1, EPOCHS[options.model])
+    images = images if options.elbo else images[: IMAGES[options.model]]
+    arguments = (options.model, images, warm, timed)
+    torch.manual_seed(options.round)
+    if options.one == "examples":
+        found, network = examples(*arguments, str(Path(options.examples).resolve()))
+    else:
+        found, network = {"ours": ours, "limit": limit, "pythae": pythae}[options.one](*arguments)
+    result: dict[str, Any] = {"model": options.model, "variant": options.one, "round": options.round, **found}
+    result["images"] = timed * len(images)
+    result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    result["torch"] = torch.__version__
+    result["threads"] = torch.get_num_threads()
+    if options.elbo:
+        result["elbo"], result["error"] = elbo_of(network, binarised(options.data, "t10k"))
+    return result
+
+
+def measure(options: argparse.Namespace, model: str, variant: str, number: int) -> dict[str, Any] | None:
+    """One variant in a process of its own; None where it can't be run, with the reason on standard error."""
+    python = options.pythae if variant == "pythae" else sys.executable
+    command = [python, __file__, "--data", options.data, "--one", variant, "--model", model]
+    command += [
+        "--round",
+        str(number),
+        "--examples",
+        options.examples or "",
+        *(["--elbo"] if options.elbo else []),
+    ]
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.run(
+            [*command, "--out", f"/dev/fd/{out.fileno()}"],
+            pass_fds=[out.fileno()],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if process.returncode:
+            print(f"{variant} on {model} failed: {process.stderr.strip()[-800:]}", file=sys.stderr)
+            return None
+        out.seek(0)
+        return json.load(out)
+
+
+def read() -> list[dict[str, Any]]:
+    """What was measured before."""
+    return json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
+
+
+def add(run: dict[str, Any]) -> None:
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.report import machine
+
+    runs = [*read(), run | {"at": datetime.now(UTC).isoformat(timespec="minutes")}]
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({**machine(), "runs": runs}, indent=1) + "\n")
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Medians over the rounds, ratios of ours to each, the goals, and the ELBO after equal epochs."""
+    lines = [
+        "| model | variant | rounds | images/s | per CPU-s | ours is (CPU) | goal | peak MiB | test ELBO |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for model in MODELS:
+        speeds = {variant: _speeds(runs, model, variant) for variant in VARIANTS}
+        for variant, (count, wall, cpu, peak) in speeds.items():
+            if not count:
+                continue
+            mine = speeds["ours"][2]
+            ratio = "" if variant == "ours" or not mine else f"{mine / cpu:.2f} x"
+            goal = GOALS[model].get(variant)
+            scored = [r for r in runs if r["model"] == model and r["variant"] == variant and "elbo" in r]
+            elbo = f"{scored[-1]['elbo']:.2f} ± {scored[-1]['error']:.2f}" if scored else ""
+            lines.append(
+                f"| {model} | {variant} | {count} | {wall:,.0f} | {cpu:,.0f} | {ratio} | {goal or ''} "
+                f"| {peak:,.0f} | {elbo} |"
+            )
+    return "\n".join(lines)
+
+
+def _speeds(runs: list[dict[str, Any]], model: str, variant: str) -> tuple[int, float, float, float]:
+    mine = [r for r in runs if r["model"] == model and r["variant"] == variant and "elbo" not in r]
+    if not mine:
+        return 0, 0.0, 0.0, 0.0
+    wall = statistics.median(r["images"] / r["seconds"] for r in mine)
+    cpu = statistics.median(r["images"] / r["cpu_seconds"] for r in mine)
+    return len(mine), wall, cpu, statistics.median(r["peak_mib"] for r in mine)
+
+
+def variants(options: argparse.Namespace) -> list[str]:
+    """Those whose programs were given; the limit has no ELBO to score."""
+    found = [v for v in VARIANTS if getattr(options, v, True)]
+    return [v for v in found if not (options.elbo and v == "limit")]
+
+
+def main() -> None:
+    options = _options()
+    if options.one:
+        Path(options.out).write_text(json.dumps(one(options)))
+        return
+    if not options.table:
+        for number in range(1, options.rounds + 1):
+            for model in options.models:
+                for variant in variants(options):
+                    kind = [r for r in read() if ("elbo" in r) == options.elbo]
+                    if any((r["model"], r["variant"], r["round"]) == (model, variant, number) for r in kind):
+                        continue
+                    if (run := measure(options, model, variant, number)) is not None:
+                        add(run)
+                        print(json.dumps(run), flush=True)
+    print(table(read()))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--data", default="/usr/share/datasets/fashion-mnist", help="folder of idx files")
+    parser.add_argument("--examples", default="", help="pytorch/examples' vae/main.py")
+    parser.add_argument("--pythae", default="", help="a Python interpreter that has pythae")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--elbo", action="store_true", help="score after equal epochs, instead of timing")
+    parser.add_argument("--table", action="store_true", help="only print what was measured")
+    for internal in ("--one", "--model", "--out"):
+        parser.add_argument(internal, default="", help=argparse.SUPPRESS)
+    parser.add_argument("--round", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

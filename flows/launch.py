@@ -1,0 +1,90 @@
+"""Training on several devices: torch's own launcher begins a process for each, and anew when one is lost.
+
+`flows.rank` is what each process runs. On several machines, start it there with `torchrun` yourself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
+from typing import TYPE_CHECKING
+
+from flows.config import Train, narrow, to_toml
+from flows.results import Ingested
+
+if TYPE_CHECKING:
+    from vae.progress import Progress
+
+logger = logging.getLogger("vae_flows.train")
+RESTARTS = 3  # of all ranks from the last checkpoint, when one is lost
+
+
+def train_on_ranks(
+    config: Train, ingested: Ingested, stop: Callable[[], bool], progress: Callable[[Progress], None]
+) -> None:
+    """Train on config.devices processes; returns when they have finished, with the last checkpoint committed.
+
+    Raises Interrupted when asked to stop, after they have saved; RuntimeError when they can't go on.
+    """
+    from vae.progress import Progress
+    from vae.train import Interrupted
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "train.toml")
+        file.write_text(rank_settings(config, ingested))
+        process = subprocess.Popen(_command(config.devices, file), stdout=subprocess.PIPE, text=True)
+        step, stopping = 0, False
+        for line in _lines(process):
+            if not stopping and stop():
+                stopping = True
+                process.terminate()
+            if line is not None:
+                event = Progress(**json.loads(line))
+                step = event.step
+                progress(event)
+        if process.wait() and stopping:
+            raise Interrupted(step)
+        if process.returncode:
+            raise RuntimeError(
+                f"training on {config.devices} devices ended with exit code {process.returncode}, begun anew "
+                f"{RESTARTS} times at most: the log of its ranks above says why"
+            )
+
+
+def rank_settings(config: Train, ingested: Ingested) -> str:
+    """The whole configuration as the TOML that a rank reads, with the snapshot as its source."""
+    fixed = narrow(
+        Train, config, source=f"snapshot:{ingested.snapshot}", limit=None, root=config.root.resolve()
+    )
+    return to_toml(fixed.model_dump(mode="json"))
+
+
+def _command(devices: int, file: Path) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    ranks = [f"--nproc-per-node={devices}", f"--max-restarts={RESTARTS}"]
+    return [*launcher, *ranks, "-m", "flows.rank", str(file)]
+
+
+def _lines(process: subprocess.Popen[str]) -> Iterator[str | None]:
+    """What the process prints until it ends, line by line; None where there was nothing for a while."""
+    found: Queue[str | None] = Queue()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            found.put(line)
+
+    reader = Thread(target=read, daemon=True)
+    reader.start()
+    while reader.is_alive() or not found.empty():
+        try:
+            yield found.get(timeout=0.2)
+        except Empty:
+            yield None
