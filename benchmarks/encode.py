@@ -27,16 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import FILES, alone, keep, medians, place, play, results, rounds_told
+from report import FILES, alone, keep, medians, place, play, results, rounds_told, whole_rounds
 
 BATCH = 256
 DIMS = 64
 GEOMETRY = {"small": (1, 28, 28), "large": (3, 64, 64)}
 CONTENDERS = ("imagefolder", "datasets", "ours", "threads", "processes", "decode", "forward", "forward_kept")
-ONCE = {
-    "small datasets",
-    "large datasets",
-}  # a round of it takes longer than one of all the others: it runs in the first alone
+CASES = [f"{kind} {contender}" for kind in GEOMETRY for contender in CONTENDERS]
+# A round of `datasets` takes longer than one of all the others: it runs in the first alone.
+ONCE = [case for case in CASES if case.endswith(" datasets")]
 TITLES = {
     "imagefolder": "`ImageFolder` + `DataLoader` + `pandas.to_parquet`",
     "datasets": "`datasets.map` on the folder",
@@ -356,17 +355,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--files", type=Path, default=FILES, help="where the image files are, or are made")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many; see above")
-    parser.add_argument("--table", action="store_true", help="write the table of results that are there")
+    parser.add_argument("--table", action="store_true", help="write the table of the rounds that are there")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.table:
-        report = results("encode")
-        keep("encode", report, table(report))
-        return
     if options.measure:
         contender, kind, folder = options.measure
         print(json.dumps(measure(contender, kind, Path(folder))))
         return
+    if not options.table and not run_all(options):
+        return
+    report = results("encode")
+    rounds, runs = whole_rounds(report["runs"], CASES, ONCE)
+    report |= {"rounds": rounds, **summary(runs)}
+    keep("encode", report, table(report))
+    print(table(report))
+
+
+def run_all(options: argparse.Namespace) -> bool:
+    """Make the files and run what is left of the rounds; False when the time was over before."""
     folders = {kind: options.files / kind for kind in GEOMETRY}
     for kind, folder in folders.items():
         if not folder.exists():
@@ -376,13 +382,8 @@ def main() -> None:
         kind, contender = case.split()
         return alone(__file__, contender, kind, str(folders[kind]))
 
-    cases = [f"{kind} {contender}" for kind in GEOMETRY for contender in CONTENDERS]
     rounds, minutes = options.rounds, options.minutes
-    runs = play("encode", cases, run, rounds=rounds, minutes=minutes, once=ONCE)
-    if runs:
-        report = {**results("encode"), **summary(runs)}
-        keep("encode", report, table(report))
-        print(table(report))
+    return play("encode", CASES, run, rounds=rounds, minutes=minutes, once=ONCE) is not None
 
 
 def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

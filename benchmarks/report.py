@@ -99,6 +99,20 @@ def next_case(
     return None
 
 
+def whole_rounds(
+    runs: Mapping[str, list[dict[str, Any]]], cases: Sequence[str], once: Container[str] = ()
+) -> tuple[int, dict[str, list[dict[str, Any]]]]:
+    """How many rounds are complete, and the runs of those; ValueError where none is.
+
+    >>> whole_rounds({"a": [{"x": 1}, {"x": 2}], "b": [{"x": 3}]}, "ab")
+    (1, {'a': [{'x': 1}], 'b': [{'x': 3}]})
+    """
+    rounds = min(len(runs.get(case, ())) for case in cases if case not in once)
+    if next_case(runs, cases, 1, once):
+        raise ValueError(f"no round is complete: the next case is {next_case(runs, cases, 1, once)}")
+    return rounds, {case: runs[case][:rounds] for case in cases}
+
+
 def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The median of each figure."""
     return {figure: statistics.median(run[figure] for run in rounds) for figure in rounds[0]}

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import FILES, alone, keep, medians, place, play, results, rounds_told
+from report import FILES, alone, keep, medians, place, play, results, rounds_told, whole_rounds
 
 DIMS = 64
 MEMORY = (100_000, 1_000_000)
@@ -334,7 +334,7 @@ def main() -> None:
     parser.add_argument("--fashion-mnist", default="/usr/share/datasets/fashion-mnist")
     parser.add_argument("--files", type=Path, default=FILES / "tables", help="what it makes is kept here")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many; see above")
-    parser.add_argument("--table", action="store_true", help="write the table of results that are there")
+    parser.add_argument("--table", action="store_true", help="write the table of the rounds that are there")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -347,10 +347,10 @@ def main() -> None:
     def run(case: str) -> dict[str, Any]:
         return alone(__file__, *case.split(), *given)
 
-    done = options.table or play("tables", CASES, run, rounds=rounds, minutes=minutes, once=ONCE)
-    if done:
+    if options.table or play("tables", CASES, run, rounds=rounds, minutes=minutes, once=ONCE):
         report = results("tables")
-        report = {**report, "train_minutes": options.train_minutes, **summary(report["runs"])}
+        rounds, runs = whole_rounds(report["runs"], CASES, ONCE)
+        report |= {"rounds": rounds, "train_minutes": options.train_minutes, **summary(runs)}
         keep("tables", report, table(report))
 
 
