@@ -8,8 +8,8 @@ of --minutes, the same command goes on.
 
 * memory: the peak of a whole encode of N synthetic 32x32 images to D = 64, by a trivial encoder, and what
   it left on disk, from which the costs of larger sets follow;
-* sources: idx, a snapshot and a Parquet of PNG files, through the whole stream into batches, and the
-  Parquet's bytes alone;
+* sources: idx, a snapshot and a Parquet of PNG files, through the whole stream into batches; the Parquet's
+  bytes alone, and OpenCV alone on these bytes, the limit of any Parquet of PNG files;
 * latents: a flat convolutional VAE of D = 64 is trained on Fashion-MNIST for --train-minutes of CPU and
   encodes its 70,000 images; its columns' stored bytes over those of raw float32, under four settings;
 * reading: that table by read_latents, and by pandas in two ways.
@@ -32,7 +32,7 @@ from report import FILES, alone, keep, medians, place, play, results, rounds_tol
 
 DIMS = 64
 MEMORY = (100_000, 1_000_000)
-SOURCES = ("idx", "snapshot", "parquet", "parquet_bytes")
+SOURCES = ("idx", "snapshot", "parquet", "parquet_bytes", "decoder")
 SHARD = 65_536
 GIVEN = ("fashion_mnist", "files", "train_minutes")  # options that a measurement needs
 STORED = {
@@ -95,6 +95,11 @@ def source_speed(kind: str, options: argparse.Namespace) -> dict[str, float]:
     path = DecodePath(28, 28, 1)
     if kind == "parquet_bytes":
         return timed(lambda: sum(len(source.read(rows)) for rows in source.listing()))
+    if kind == "decoder":
+        import cv2
+
+        files = [np.frombuffer(file, np.uint8) for rows in source.listing() for file in source.read(rows)]
+        return timed(lambda: len([cv2.imdecode(file, cv2.IMREAD_GRAYSCALE).shape for file in files]))
     return timed(lambda: sum(len(batch.images) for batch in stream(source, path, 1024, workers=1)))
 
 

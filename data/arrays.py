@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data.images import LIMITS, Limits, pixel_hash
+from data.images import LIMITS, Limits, pixel_hashes
 from data.sources import LISTED, SPLIT_NAMES, Payload, Source, check_folder, listed, runs
 from data.store import Store, open_store
 
@@ -62,7 +62,7 @@ class ArraySource:
             id=[f"{part}/{i:09d}" for i in positions],
             split=[SPLIT_NAMES.get(part)] * len(positions),
             label=None if labels is None else [str(label) for label in labels[start:stop]],
-            version=[pixel_hash(image).hex() for image in self.parts[part].pixels(positions)],
+            version=[digest.hex() for digest in pixel_hashes(self.parts[part].pixels(positions))],
             file=[part] * len(positions),
             position=positions,
         )

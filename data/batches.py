@@ -30,6 +30,7 @@ from data.images import (
     decode,
     fit_pixels,
     pixel_hash,
+    pixel_hashes,
 )
 from data.sources import Source
 
@@ -260,7 +261,7 @@ def _ready(pixels: np.ndarray, rows: pa.RecordBatch, hashed: bool) -> Batch:
     if hashed:
         hashes = [bytes.fromhex(version) for version in rows["version"].to_pylist()]
     else:
-        hashes = [pixel_hash(image) for image in pixels]
+        hashes = pixel_hashes(pixels)
     height, width = pixels.shape[1:3]
     sizes = np.broadcast_to(np.array([width, height], np.int32), (len(pixels), 2))
     return Batch(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)), rows, hashes, sizes, [])

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from data.batches import Batch, Crew, Resident, rebatch, stream, workers_for
 from data.commit import Made, Manifest, Progress, put_manifest, read_manifest, run_shards
 from data.files import StoredFile, checked_bytes, read_file
-from data.images import LIMITS, DecodePath, Limits, Reject, content_hash, pixel_hash
+from data.images import LIMITS, DecodePath, Limits, Reject, content_hash, pixel_hash, pixel_hashes
 from data.listing import ListingHasher
 from data.plan import plan_table
 from data.sources import (
@@ -261,7 +261,7 @@ class _Maker:
         columns = [
             batch.rows["id"],
             pa.array(batch.hashes, pa.binary(16)),
-            pa.array([pixel_hash(image) for image in batch.images], pa.binary(16)),
+            pa.array(pixel_hashes(batch.images), pa.binary(16)),
             batch.rows["split"],
             batch.rows["label"],
             pa.array(batch.sizes[:, 0], pa.int32()),

@@ -249,3 +249,10 @@ def outcome(data: bytes) -> bytes | str:
 def test_arbitrary_bytes_never_crash(data: bytes) -> None:
     account(data)
     account(b"\x89PNG\r\n\x1a\n" + data)
+
+
+def test_many_images_hash_as_each_of_them() -> None:
+    several = RNG.integers(0, 256, (5, 4, 3, 1), dtype=np.uint8)
+    assert images.pixel_hashes(several) == [images.pixel_hash(image) for image in several]
+    assert images.pixel_hash(several[0]) != images.pixel_hash(several[0].reshape(3, 4, 1))
+    assert images.pixel_hashes(several[:0]) == []
