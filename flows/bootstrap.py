@@ -17,9 +17,13 @@ if TYPE_CHECKING:
 RUN = "prefect.flow-run"
 OVER = {f"{RUN}.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
 OUR_FLOWS = ("retrain", "encode")  # whose failures are notified: a run of theirs includes the other flows
+FAILURE = "{{ flow.name }} {{ flow_run.name }} is {{ flow_run.state.name }}: {{ flow_run.state.message }}"
 EVENTS = {
-    "promotion": (MODEL_PROMOTED, "{{ event.resource.id }} was promoted: {{ event.payload }}"),
-    "drift": (DRIFT_DETECTED, "{{ event.resource.id }} drifts: {{ event.payload }}"),
+    "promotion": (MODEL_PROMOTED, "{{ event.payload.model_uri }} is champion: {{ event.payload.reason }}"),
+    "drift": (
+        DRIFT_DETECTED,
+        "{{ event.payload.new }} drifts from {{ event.payload.model }}: {{ event.payload.reason }}",
+    ),
 }
 
 
@@ -88,9 +92,7 @@ def notifications(block: Any) -> list[AutomationCore]:
 
     failed = {f"{RUN}.Failed", f"{RUN}.Crashed"}
     ours = [{"prefect.resource.role": "flow", "prefect.resource.name": list(OUR_FLOWS)}]
-    told = {
-        "failure": (on(failed, related=ours), "{{ flow.name }} {{ flow_run.name }}: {{ flow_run.state }}")
-    }
+    told = {"failure": (on(failed, related=ours), FAILURE)}
     told |= {name: (on({event}), body) for name, (event, body) in EVENTS.items()}
     return [
         AutomationCore(

@@ -76,6 +76,12 @@ def _devices(config: Train) -> None:
         )
 
 
+def _new_folder(config: Pull) -> None:
+    from flows.pull import refuse_existing
+
+    refuse_existing(config.directory)
+
+
 def _table(config: Tables) -> None:
     from data.sources import check_folder
     from data.store import open_store
@@ -146,6 +152,7 @@ def _schedules(config: Serve) -> None:
 CHECKS: tuple[tuple[Any, Callable[[Any], None]], ...] = (
     (Command, _root),
     (Images, _source),
+    (Pull, _new_folder),
     (WithModel | Pull, _model),
     (Train, _devices),
     (Train, _warm_start),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from flows.config import Doctor
 from flows.results import Diagnosis, Finding
@@ -191,6 +191,7 @@ def plain(uri: str) -> str:
 
     >>> plain("postgresql://user:secret@db:5432/mlflow?sslpassword=x")
     'postgresql://db:5432/mlflow'
+    >>> plain("sqlite:////data/mlflow.db")
+    'sqlite:////data/mlflow.db'
     """
-    parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+    return re.sub("//.*@", "//", re.split("[?#]", uri)[0])

@@ -321,11 +321,12 @@ class Drifted(Result):
     table: str | None = None
 
     def summary(self) -> str:
-        title = f"{'DRIFT' if self.drift else 'no drift'}: {self.reason}"
+        found = "DRIFT" if self.drift else "no drift" if self.p else "not tested"
+        title = f"{found}: {self.reason}"
         sides = f"  {self.new_rows:,} new images of {self.new}\n"
         sides += f"  {self.reference_rows:,} images of {self.reference}"
         table = [f"  pandas.read_parquet({self.table!r})"] if self.table else []
-        return _state(self) + "\n".join([title, sides, *table])
+        return (_state(self) if self.p else "") + "\n".join([title, sides, *table])
 
 
 class Served(Result):

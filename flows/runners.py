@@ -212,7 +212,11 @@ def ray(order: Order, address: str) -> Iterator[Callable[[list[int]], Iterator[N
         import ray as engine
     except ImportError as error:
         raise ValueError(f"{error}: --runner ray needs vae-flows[ray]") from None
-    engine.init(address or os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level=logging.ERROR)
+    address = address or os.environ.get("RAY_ADDRESS", "")
+    try:
+        engine.init(address or None, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise ValueError(f"no Ray cluster answers at {address!r}: {str(error).splitlines()[0]}") from error
     try:
         gpus = 1 if order.device != "cpu" and engine.cluster_resources().get("GPU") else 0
         remote = engine.remote(num_cpus=1, num_gpus=gpus, max_retries=ATTEMPTS)(_work_on_ray)

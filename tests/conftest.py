@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Generator, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from parts import need
@@ -47,6 +50,30 @@ def fashion_mnist() -> Path:
     folder = Path("/usr/share/datasets/fashion-mnist")
     need(folder.is_dir(), "Debian's package dataset-fashion-mnist")
     return folder
+
+
+class Inbox(BaseHTTPRequestHandler):
+    """Where a notification block's webhook posts to."""
+
+    received: list[str]
+
+    def do_POST(self) -> None:
+        self.received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def inbox() -> Iterator[tuple[str, list[str]]]:
+    """A webhook on loopback and the texts that it has received."""
+    handler = type("Handler", (Inbox,), {"received": []})
+    server = HTTPServer(("127.0.0.1", 0), handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", handler.received
+    server.shutdown()
 
 
 @pytest.hookimpl(wrapper=True)

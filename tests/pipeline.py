@@ -9,9 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 SHORT = ("--epochs", "4", "--checkpoint-every", "10", "--importance-samples", "5", "--count", "16")
 
@@ -67,3 +70,21 @@ def until(seconds: float, ready: Callable[[], Any]) -> Any:
         assert time.monotonic() < end, f"not within {seconds:g} s"
         time.sleep(1)
     return found
+
+
+@contextmanager
+def prefect_server_with_scheduler(folder: Path) -> Iterator[str]:
+    """A Prefect server that starts what is due, for this process and the commands it starts; its URL."""
+    from prefect.events.worker import EventsWorker
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.local_server import local_server
+
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{folder}/prefect.db")
+    EventsWorker.drain_all()  # the thread that sends events stays with the server that it first met
+    with local_server(services=True) as url, temporary_settings({PREFECT_API_URL: url}):
+        patch.setenv("PREFECT_API_URL", url)
+        yield url
+        EventsWorker.drain_all()
+    patch.undo()

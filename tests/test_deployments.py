@@ -9,14 +9,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
-from pipeline import SHORT, command, environment, run, run_json, until
+from pipeline import SHORT, command, environment, prefect_server_with_scheduler, run, run_json, until
 
-from flows.config import Retrain, Serve
+from flows.bootstrap import bootstrap
+from flows.config import Bootstrap, Retrain, Serve
 from flows.deployments import deployments, prefect_yaml
-from flows.local_server import local_server
+from flows.devices import GPU_LIMIT, LEASE_SECONDS, gpu_slot
+from flows.presets import PRESETS
+from vae.config import LikelihoodName
 
 HOME = Path(__file__).parent.parent
 POOLS = ("process", "docker", "kubernetes")
@@ -24,14 +27,37 @@ POOLS = ("process", "docker", "kubernetes")
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Prefect server with its scheduler, its URL in the environment."""
-    patch = pytest.MonkeyPatch()
-    database = tmp_path_factory.mktemp("prefect") / "prefect.db"
-    patch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{database}")
-    with local_server(services=True) as url:
-        patch.setenv("PREFECT_API_URL", url)
+    """A Prefect server with its scheduler; its URL."""
+    with prefect_server_with_scheduler(tmp_path_factory.mktemp("prefect")) as url:
         yield url
-    patch.undo()
+
+
+HOLD = """
+import time
+from flows.devices import gpu_slot
+with gpu_slot("cuda"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def killed_holder(server: str) -> None:
+    """The one slot of the limit on GPUs, held by a process that was killed; its lease runs out meanwhile."""
+    bootstrap(Bootstrap(gpus=1))
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD], stdout=subprocess.PIPE, env=environment(), cwd=HOME
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    holder.kill()
+    holder.wait()
+    assert slots(server) == 1
+
+
+def slots(server: str) -> int:
+    """Those of the limit on GPUs that are in use."""
+    return int(ask(server, f"v2/concurrency_limits/{GPU_LIMIT}", method="GET")["active_slots"])
 
 
 def prefect(*arguments: object) -> str:
@@ -95,6 +121,7 @@ def test_events_start_deployments(server: str, deployed: dict[str, Any]) -> None
     found = {
         (automation["trigger"]["expect"][0], automation["actions"][0]["deployment_id"])
         for automation in ask(server, "automations/filter", {})
+        if "deployment_id" in automation["actions"][0]
     }
     retrain, encode = deployed["retrain"]["id"], deployed["encode"]["id"]
     updated, drifted = "vae.dataset.updated", "vae.drift.detected"
@@ -108,7 +135,12 @@ def test_the_form_is_typed(server: str, deployed: dict[str, Any]) -> None:
     assert retrain["duplicates"]["enum"] == ["keep", "drop", "fail"]
     assert (retrain["count"]["type"], retrain["count"]["minimum"]) == ("integer", 1)
     assert set(retrain["model"]["discriminator"]["mapping"]) == {"flat", "autoencoder", "ladder"}
-    assert records["TrainConfig"]["properties"]["learning_rate"]["type"] == "number"
+    training, flat = records["TrainConfig"]["properties"], records["FlatConfig"]["properties"]
+    assert training["learning_rate"]["type"] == "number"
+    assert training["objective"]["enum"] == ["elbo", "iwae"]
+    assert set(flat["likelihood"]["enum"]) == set(get_args(LikelihoodName))
+    assert records["DecodePath"]["properties"]["fit"]["enum"] == ["crop", "pad", "stretch"]
+    assert set(PRESETS) < set(retrain["preset"]["enum"])
     assert "required" not in records["Retrain"], "a form or a program may leave everything out"
     # The server itself holds a run to the schema.
     create = f"deployments/{deployed['retrain']['id']}/create_flow_run"
@@ -124,10 +156,19 @@ def test_the_form_is_typed(server: str, deployed: dict[str, Any]) -> None:
 def served(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """`vae-flows serve` of short retrainings, on a server of its own deployments; its root."""
     root = tmp_path_factory.mktemp("served")
-    crons = ("--retrain-cron", "", "--encode-cron", "", "--model-name", "served")
+    settings = (
+        "--retrain-cron",
+        "",
+        "--encode-cron",
+        "",
+        "--model-name",
+        "served",
+        "--runner",
+        "processes:2",
+    )
     with open(root / "serve.log", "wb") as log:
         process = subprocess.Popen(
-            command("serve", *SHORT, *crons, root=root),
+            command("serve", *SHORT, *settings, "--runner", "processes:2", root=root),
             stdout=log,
             stderr=log,
             env=environment() | {"PREFECT_RUNNER_POLL_FREQUENCY": "1"},
@@ -146,6 +187,9 @@ def runs(server: str, flow: str) -> list[dict[str, Any]]:
 def test_an_event_starts_what_is_served_and_an_overlap_is_cancelled(server: str, served: Path) -> None:
     named = {"deployments": {"name": {"any_": ["served"]}}, "flows": {"name": {"any_": ["retrain"]}}}
     (retrain,) = until(180, lambda: ask(server, "deployments/filter", named))
+    # Another source is none of its business, whoever tells of it.
+    other = json.dumps({"prefect.resource.id": "vae.dataset.other", "vae.by": "upload"})
+    prefect("event", "emit", "vae.dataset.updated", "--resource", other)
     # A new snapshot, made by a command of its own, is the event.
     assert os.environ["PREFECT_API_URL"] == server
     ingested = run_json("ingest", "--limit", 300, root=served / "elsewhere")
@@ -164,9 +208,17 @@ def test_an_event_starts_what_is_served_and_an_overlap_is_cancelled(server: str,
     assert len(runs(server, "retrain")) == 2
     logs = ask(server, "logs/filter", {"logs": {"flow_run_id": {"any_": [first["id"]]}}})
     assert any("served version 1 is champion" in line["message"] for line in logs), logs
+    assert any("images in 1 shards, processes:2" in line["message"] for line in logs), logs
     pulled = run("pull", "models:/served@champion", served / "bundle", root=served)
     assert "models:/served/1 is in" in pulled.stdout
 
 
 def test_a_form_may_leave_everything_out() -> None:
     assert Retrain() == Retrain(source="digits", preset="digits")
+
+
+def test_the_slot_of_a_gpu_comes_free_after_a_kill(server: str) -> None:
+    until(LEASE_SECONDS + 60, lambda: slots(server) == 0)
+    with gpu_slot("cuda"):
+        assert slots(server) == 1
+    assert slots(server) == 0

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from parts import need
+from pipeline import command, environment
 
 import vae
 from data.commit import Part, Progress, in_turn
@@ -24,6 +30,7 @@ from flows.registry import locate
 from vae.bundle import to_files
 from vae.model import build
 
+HOME = Path(__file__).parent.parent
 ROWS, SHARD_ROWS = 1797, 30
 SHARDS = -(-ROWS // SHARD_ROWS)
 
@@ -115,6 +122,64 @@ def test_a_ray_cluster_shares_a_job_and_a_node_may_be_killed(
         check(found, expected)
     finally:
         cluster.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Logger 'vae_flows.encode' attempted to send logs")
+def test_a_cluster_elsewhere_is_reached_through_its_client_server(
+    bundle: Path, tmp_path: Path, expected: dict[str, np.ndarray]
+) -> None:
+    need(find_spec("ray"), "ray (the extra vae-flows[ray])")
+    client = free_port()
+    line = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"]
+    line += [f"--port={free_port()}", f"--ray-client-server-port={client}", "--include-dashboard=false"]
+    line += ["--disable-usage-stats", f"--object-store-memory={80 * 2**20}"]
+    line += [f"--temp-dir={tempfile.mkdtemp(prefix='ray-')}"]  # whose path must be short
+    # Where gRPC minds forks, the server that Ray starts for a client now and then dies at once.
+    quiet = os.environ | {"GRPC_ENABLE_FORK_SUPPORT": "0"}
+    head = subprocess.Popen(line, cwd=HOME, env=quiet, stdout=subprocess.PIPE, text=True)
+    try:
+        assert head.stdout is not None
+        assert any("Ray runtime started" in said for said in head.stdout)
+        found = encoded(configuration(bundle, tmp_path, runner=f"ray://127.0.0.1:{client}"))
+        check(found, expected)
+    finally:
+        head.terminate()
+        head.communicate(timeout=60)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def test_the_same_command_three_times_at_once_shares_a_job(
+    bundle: Path, tmp_path: Path, expected: dict[str, np.ndarray], prefect_server: str
+) -> None:
+    encode = ("encode", "--model", bundle, "--source", "digits", "--shard-rows", SHARD_ROWS)
+    lines = [command(*encode, "--shard", f"{n}/3", "--json", root=tmp_path) for n in (1, 2, 3)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment()}
+    commands = [subprocess.Popen(line, **pipes) for line in lines]
+    for process in commands:  # all of them begin at once: each waits where it knows the plan
+        assert any("images in 60 shards" in line for line in process.stderr)
+        process.send_signal(signal.SIGSTOP)
+    for process in commands:
+        process.send_signal(signal.SIGCONT)
+    tables = [json.loads(process.communicate()[0]) for process in commands]
+    assert [process.returncode for process in commands] == [0, 0, 0]
+    (uri,) = {table["uri"] for table in tables}
+    assert {table["rows"] for table in tables} == {ROWS}
+    ids, mu = read_latents(uri)
+    assert sorted(ids) == sorted(expected)
+    np.testing.assert_allclose(mu, np.stack([expected[key] for key in ids]), rtol=1e-5, atol=1e-6)
+    verify(uri)
+    # Each third was begun before any was done: nobody waited for anybody.
+    parts = sorted(Path(uri).rglob("part-*.parquet"), key=lambda part: part.stat().st_mtime_ns)
+    thirds = [int(part.stem.removeprefix("part-")) * 3 // SHARDS for part in parts]
+    assert len(parts) == SHARDS == 60
+    last_begun = max(thirds.index(third) for third in range(3))
+    first_done = min(SHARDS - 1 - thirds[::-1].index(third) for third in range(3))
+    assert last_begun < first_done, thirds
 
 
 def test_a_part_begins_with_its_own_shards_and_then_helps_the_others(bundle: Path, tmp_path: Path) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
 
 import mlflow
 import numpy as np
@@ -45,30 +42,6 @@ def root(tmp_path: Path) -> Iterator[Path]:
     mlflow.set_tracking_uri(before)
 
 
-class Inbox(BaseHTTPRequestHandler):
-    """Where a notification block's webhook posts to."""
-
-    received: list[dict[str, str]]
-
-    def do_POST(self) -> None:
-        self.received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, *args: object) -> None:
-        """Nothing."""
-
-
-@pytest.fixture
-def inbox() -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """A webhook on loopback and what it has received."""
-    handler = type("Handler", (Inbox,), {"received": []})
-    server = HTTPServer(("127.0.0.1", 0), handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", handler.received
-    server.shutdown()
-
-
 @pytest.fixture
 def prefect_client(prefect_server: str) -> Iterator[object]:
     from prefect.client.orchestration import get_client
@@ -85,13 +58,11 @@ def test_bootstrap_sets_up_a_server_that_notifies_and_crashes_zombies(prefect_cl
     from prefect.events import emit_event
     from prefect.states import Running
 
-    from flows.events import MODEL_PROMOTED, emit
+    from flows.events import MODEL_PROMOTED, emit, model
 
     url, received = inbox
-    webhook = CustomWebhookNotificationBlock(
-        name="inbox", url=url, json_data={"text": "{{subject}}: {{body}}"}
-    )
-    webhook.save("ops", overwrite=True)
+    told = {"text": "{{subject}}: {{body}}"}
+    CustomWebhookNotificationBlock(name="inbox", url=url, json_data=told).save("ops", overwrite=True)
     for _ in range(2):  # the second time changes nothing
         done = bootstrap(Bootstrap(gpus=1, notify="custom-webhook/ops"))
     assert prefect_client.read_global_concurrency_limit_by_name(GPU_LIMIT).limit == 1
@@ -111,8 +82,8 @@ def test_bootstrap_sets_up_a_server_that_notifies_and_crashes_zombies(prefect_cl
     put(prefect_client, zombies(10))
     run = prefect_client.create_flow_run(flow(lambda: None, name="stuck"), state=Running())
     emit_event("prefect.flow-run.heartbeat", {"prefect.resource.id": f"prefect.flow-run.{run.id}"})
-    emit(MODEL_PROMOTED, "vae.model.kept", version="2")
-    until(120, lambda: any("vae.model.kept was promoted" in str(message) for message in received))
+    emit(MODEL_PROMOTED, model("kept"), model_uri="models:/kept/2", reason="it won")
+    until(120, lambda: "vae-flows: promotion: models:/kept/2 is champion: it won" in received)
     until(120, lambda: prefect_client.read_flow_run(run.id).state.type == StateType.CRASHED)
     assert "no heartbeat" in prefect_client.read_flow_run(run.id).state.message
 
