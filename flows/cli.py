@@ -44,7 +44,7 @@ COMMANDS = {
     "rollback": ("Rollback", "make the previous champion the champion again, latents included"),
     "follow": ("Follow", "bring the tables that follow a champion up to date"),
     "lineage": ("Lineage", "what a table, model or dataset was made of, and what was made of it"),
-    "serve": ("Serve", "retrain and encode on a schedule and on events, until stopped"),
+    "serve": ("Serve", "retrain, encode and report on a schedule and on events, until stopped"),
     "bootstrap": ("Bootstrap", "set up a Prefect server: GPU limit, zombies, notifications"),
     "reconcile": ("Reconcile", "close what a kill has left open"),
     "clean": ("Clean", "remove old checkpoints, challengers and their tables; --dry-run shows them"),

@@ -214,10 +214,11 @@ class Retrain(Train, Scoring, Drawing, Output, Sharing):
 
 
 class Serve(Retrain):
-    """Retrain, and encode with the champion, on a schedule and on events, until stopped."""
+    """Retrain, encode and report with the champion, on a schedule and on events, until stopped."""
 
     retrain_cron: str = Field("0 3 * * *", description="when to retrain; '' for events alone")
     encode_cron: str = Field("0 * * * *", description="when to encode what is new; '' for events alone")
+    report_cron: str = Field("0 6 * * 1", description="when to draw the champion's report; '' for never")
     timezone: str = Field("UTC", description="of the schedules")
     write: Path | None = Field(None, description="only write the deployments, as this prefect.yaml")
 

@@ -10,7 +10,7 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any
 
-from flows.config import Command, Encode, Retrain, Serve, narrow
+from flows.config import Command, Encode, Report, Retrain, Serve, narrow
 from flows.events import BY, DATASET_UPDATED, DRIFT_DETECTED, dataset, model
 
 WORK_POOL = "vae-flows"
@@ -41,20 +41,23 @@ class Deployment:
 
 
 def deployments(config: Serve) -> list[Deployment]:
-    """Retrain, and the incremental encode of the same source with the champion.
+    """Retrain, and with its champion the incremental encode of the same source and the report.
 
     >>> [(one.flow, one.name, one.cron) for one in deployments(Serve())]
-    [('retrain', 'vae-digits', '0 3 * * *'), ('encode', 'vae-digits', '0 * * * *')]
+    [('retrain', 'vae-digits', '0 3 * * *'), ('encode', 'vae-digits', '0 * * * *'), ('report', ...)]
     """
     name = config.model_name
-    champion = narrow(Encode, config, model=f"models:/{name}@champion", scores=True)
+    champion = f"models:/{name}@champion"
+    encode = narrow(Encode, config, model=champion, scores=True)
+    report = narrow(Report, config, model=champion, source="", out=None)
     # Retrain ingests too: a dataset that it has updated itself needs no other run.
     by_others = {"prefect.resource.id": dataset(config.source), BY: "!retrain"}
     on_dataset = {"expect": [DATASET_UPDATED], "match": by_others}
     on_drift = {"expect": [DRIFT_DETECTED], "match": {"prefect.resource.id": model(name)}}
     return [
         Deployment("retrain", name, narrow(Retrain, config), config.retrain_cron, (on_dataset, on_drift)),
-        Deployment("encode", name, champion, config.encode_cron, (on_dataset,)),
+        Deployment("encode", name, encode, config.encode_cron, (on_dataset,)),
+        Deployment("report", name, report, config.report_cron),
     ]
 
 
@@ -63,7 +66,7 @@ def check_schedules(config: Serve) -> None:
     from prefect.client.schemas.schedules import CronSchedule
     from pydantic import ValidationError
 
-    for name in ("retrain_cron", "encode_cron"):
+    for name in ("retrain_cron", "encode_cron", "report_cron"):
         cron = getattr(config, name)
         try:
             CronSchedule(cron=cron or "* * * * *", timezone=config.timezone)

@@ -1,4 +1,4 @@
-"""Serve: retrain and encode on a schedule and on events, from one process."""
+"""Serve: retrain, encode and report on a schedule and on events, from one process."""
 
 from __future__ import annotations
 

@@ -92,6 +92,7 @@ def deployed(server: str) -> dict[str, Any]:
     prefect("deploy", "--all")
     found = ask(server, "deployments/filter", {})
     assert {one["name"] for one in found} == {"vae-digits"}
+    assert len(found) == 3
     return {one["entrypoint"].split(".")[1]: one for one in found}
 
 

@@ -160,15 +160,15 @@ def month(tmp_path: Path, request: pytest.FixtureRequest, inbox: tuple[str, list
 
 
 def serve(month: Month, folder: Path) -> subprocess.Popen[bytes]:
-    """Both deployments, started by events alone."""
-    config = Serve(**month.settings, retrain_cron="", encode_cron="")
+    """The deployments, started by events alone."""
+    config = Serve(**month.settings, retrain_cron="", encode_cron="", report_cron="")
     (folder / "serve.toml").write_text(to_toml(config.model_dump(mode="json")))
     line = command("serve", "--config", folder / "serve.toml", root=month.root)
     with open(folder / "serve.log", "wb") as log:
         quick = environment() | {"PREFECT_RUNNER_POLL_FREQUENCY": "1"}
         process = subprocess.Popen(line, stdout=log, stderr=log, env=quick)
     with get_client(sync_client=True) as client:
-        until(180, lambda: len(client.read_deployments()) == 2)
+        until(180, lambda: len(client.read_deployments()) == 3)
     return process
 
 

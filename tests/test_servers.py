@@ -189,7 +189,9 @@ def scheduled(servers: Servers) -> dict[str, Any]:
     """The run of a deployment that was scheduled a few seconds ahead, over."""
     short = dict(zip((o.removeprefix("--").replace("-", "_") for o in SHORT[::2]), SHORT[1::2], strict=True))
     training = {name: short.pop(name) for name in ("epochs", "checkpoint_every")}
-    definition = prefect_yaml(Serve(**short, training=training, retrain_cron="", encode_cron=""))
+    definition = prefect_yaml(
+        Serve(**short, training=training, retrain_cron="", encode_cron="", report_cron="")
+    )
     (servers.folder / "prefect.yaml").write_text(definition)
     template = DEPLOY / "process-pool.json"
     prefect(servers, "work-pool", "create", "vae-flows", "--type", "process", "--base-job-template", template)
