@@ -16,11 +16,8 @@ if TYPE_CHECKING:
 
 RUN = "prefect.flow-run"
 OVER = {f"{RUN}.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
-OUR_FLOWS = ("retrain", "encode", "report")  # what is deployed: their failures include those of other flows
-    "retrain",
-    "encode",
-    "report",
-)  # whose failures are notified: a run of theirs includes the other flows
+# Those that are deployed: a run of theirs includes the other flows.
+OUR_FLOWS = ("retrain", "encode", "report")
 FAILURE = "{{ flow.name }} {{ flow_run.name }} is {{ flow_run.state.name }}: {{ flow_run.state.message }}"
 EVENTS = {
     "promotion": (MODEL_PROMOTED, "{{ event.payload.model_uri }} is champion: {{ event.payload.reason }}"),

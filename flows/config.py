@@ -207,7 +207,7 @@ class Sharing(Command):
         return self
 
 
-class Retrain(Train, Scoring, Drawing, Output, Sharing):
+class Retrain(Sharing, Output, Drawing, Scoring, Train):  # in the order of their fields, last first
     """Ingest, train, evaluate, register, gate, then encode and sample with the champion."""
 
     margin: float = Field(0.0, ge=0, description="nats an image by which a new champion must win, at least")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -10,9 +11,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
+from uuid import uuid4
 
 import pytest
 from pipeline import SHORT, command, environment, prefect_server_with_scheduler, run, run_json, until
+from prefect.client.schemas.objects import FlowRun
 
 from flows.bootstrap import bootstrap
 from flows.config import Bootstrap, Retrain, Serve
@@ -22,7 +25,11 @@ from flows.presets import PRESETS
 from vae.config import LikelihoodName
 
 HOME = Path(__file__).parent.parent
-POOLS = ("process", "docker", "kubernetes")
+WORKERS = {
+    "process": "prefect.workers.process:ProcessJobConfiguration",
+    "docker": "prefect_docker.worker:DockerWorkerJobConfiguration",
+    "kubernetes": "prefect_kubernetes.worker:KubernetesWorkerJobConfiguration",
+}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +92,7 @@ def test_the_file_holds_the_definition() -> None:
 @pytest.fixture(scope="module")
 def deployed(server: str) -> dict[str, Any]:
     """Every deployment of prefect.yaml, by its flow."""
-    for kind in POOLS:
+    for kind in WORKERS:
         name = "vae-flows" if kind == "process" else f"vae-{kind}"
         template = HOME / "deploy" / f"{kind}-pool.json"
         prefect("work-pool", "create", name, "--type", kind, "--base-job-template", template)
@@ -105,6 +112,23 @@ def test_prefect_takes_the_pools(server: str, deployed: dict[str, Any]) -> None:
         text = json.dumps(pool["base_job_template"]["job_configuration"])
         for name in variables:
             assert f"{{{{ {name} }}}}" in text, f"variable {name!r} of {kind} is used nowhere"
+
+
+@pytest.mark.parametrize(("kind", "module"), WORKERS.items())
+def test_a_worker_takes_its_pool(server: str, kind: str, module: str) -> None:
+    """By the models that Prefect's own workers make their jobs of."""
+    worker = pytest.importorskip(module.split(":")[0], reason=f"prefect-{kind} is not installed")
+    configuration = getattr(worker, module.split(":")[1])
+    template = json.loads((HOME / "deploy" / f"{kind}-pool.json").read_text())
+    assert set(template["job_configuration"]) <= set(configuration.model_fields)
+    made = asyncio.run(configuration.from_template_and_values(template, {}))
+    made.prepare_for_flow_run(FlowRun(flow_id=uuid4()))
+    job = json.dumps(made.model_dump(), default=str)
+    assert "{{" not in job, "every variable of the template has a value, or what it stands in is left out"
+    assert "prefect flow-run execute" in job
+    if kind != "process":
+        assert '"image": "vae-flows"' in job
+        assert "/var/lib/vae-flows" in job
 
 
 def test_prefect_takes_the_deployments(deployed: dict[str, Any]) -> None:

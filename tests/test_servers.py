@@ -242,6 +242,13 @@ def test_the_servers_let_nobody_in_who_is_not_named(servers: Servers) -> None:
     assert httpx.get(url, trust_env=False, headers={"Host": "evil.example"}).status_code == 403
 
 
+def test_the_compose_file_is_what_compose_takes() -> None:
+    pytest.importorskip("check_jsonschema", reason="check-jsonschema is not installed")
+    line = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run([*line, DEPLOY / "compose.yaml"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_every_setting_of_the_compose_file_is_in_the_example() -> None:
     named = {line.split("=")[0] for line in (DEPLOY / "example.env").read_text().splitlines() if "=" in line}
     wanted = {
