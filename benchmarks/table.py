@@ -3,9 +3,10 @@
     python benchmarks/table.py --data fashion_mnist=DIR mnist=DIR --minutes 1
 
 What each row trains with was chosen by `search.py` on validation images held out of the training split; no
-test image had a part in it. Each finished run is a JSON file under benchmarks/results/table and is not run
-again, so the same command goes on after a stop. The models' bundles and per-image scores are kept under
-build/table. At the end the table is written into docs/models.md and the pictures into docs/pictures.
+test image had a part in it. The two rows that are compared train in turn, a second each, and so do the
+others. Bundles and per-image scores are kept under build/table, and what is there is not made again, so the
+same command goes on after a stop. Each run's record is a JSON file under benchmarks/results/table. At the end
+the table is written into docs/models.md and the pictures into docs/pictures.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from training import Images, keep, machine, read_idx, train_for
+from training import Images, Training, in_turn, keep, machine, read_idx
 
+import vae
 from vae.config import AutoencoderConfig, FlatConfig, LadderConfig, ModelConfig, TrainConfig, model_config
 from vae.evaluate import evaluate
 
@@ -31,11 +33,18 @@ RESULTS = ROOT / "benchmarks/results/table"
 CHOICES = ROOT / "benchmarks/results/search.json"
 BUILD = ROOT / "build/table"
 PAGE = ROOT / "docs/models.md"
+TRAINED = "trained.json"
 EVALUATION_SEED = 0
 
 BINARY = {"likelihood": "bernoulli", "binarize": "sampled"}
 CONV: dict[str, Any] = {"network": "strided", "hidden": (16, 32)}
-LADDER: dict[str, Any] = {"strides": (4, 7), "hidden": (16, 128), "levels": (1, 1), "latents": (2, 32)}
+LADDER: dict[str, Any] = {
+    "strides": (4, 7),
+    "hidden": (16, 128),
+    "levels": (1, 1),
+    "latents": (2, 32),
+    "overlap": True,
+}
 SHAPE = {"height": 28, "width": 28, "channels": 1}
 TUNED = TrainConfig(batch_size=64, learning_rate=6e-3)
 
@@ -96,11 +105,43 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.data}-{self.row}-seed{self.seed}-{self.minutes:g}min-k{self.k}"
+        return f"{self.data}-{self.row}-seed{self.seed}-{self.minutes:g}min"
 
     @property
     def record(self) -> Path:
-        return RESULTS / f"{self.name}.json"
+        return RESULTS / f"{self.name}-k{self.k}.json"
+
+    @property
+    def settings(self) -> tuple[ModelConfig, TrainConfig]:
+        """What it is to train."""
+        row = ROWS[self.row]
+        return row.model, replace(row.train, seed=self.seed)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The settings, as they come back from JSON."""
+        model, train = self.settings
+        found: dict[str, Any] = json.loads(json.dumps({"model": model.to_dict(), "train": train.to_dict()}))
+        return found
+
+    def trained(self) -> dict[str, Any]:
+        """What the training of just these settings left beside its bundle; empty if it was none."""
+        facts = read(BUILD / self.name / TRAINED)
+        return facts if self.asked.items() <= facts.items() else {}
+
+    def scored(self) -> bool:
+        """Whether the record and the scores of each image are there, of this very training."""
+        return self.per_image.exists() and read(self.record).get("trained") == self.trained()
+
+    @property
+    def per_image(self) -> Path:
+        return BUILD / self.name / f"per_image-k{self.k}.npz"
+
+
+def read(file: Path) -> dict[str, Any]:
+    """A JSON file's record, empty where there is no file."""
+    record: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return record
 
 
 @dataclass(frozen=True)
@@ -115,52 +156,65 @@ class Plan:
         """A row's run under a seed, by default the first."""
         return Run(data, row, self.seeds[0] if seed is None else seed, self.minutes, self.k)
 
-    def runs(self, data: str, compared: bool) -> Iterator[Run]:
-        """Of a set that is compared, the pair under every seed, in turn; then each row under the first."""
-        if compared:
-            yield from (self.run(data, row, seed) for seed in self.seeds for row in PAIR)
-        yield from (self.run(data, row) for row in ROWS)
+    def groups(self, data: str, compared: bool) -> list[list[Run]]:
+        """What trains in turn: the pair; the other rows; of what is compared, the pair by further seeds."""
+        rest = [row for row in ROWS if row not in PAIR]
+        first = [[self.run(data, row) for row in rows] for rows in (PAIR, rest)]
+        seeds = self.seeds[1:] if compared else ()
+        return first + [[self.run(data, row, seed) for row in PAIR] for seed in seeds]
 
 
-def run(run: Run, splits: dict[str, Images]) -> None:
-    """Train, score and record one run, unless the record of just this is there."""
-    row = ROWS[run.row]
-    config = replace(row.train, seed=run.seed)
-    asked = {"model": row.model.to_dict(), "train": config.to_dict()}
-    if run.record.exists() and json.loads(json.dumps(asked)).items() <= _read(run).items():
-        return
-    trained = train_for(60 * run.minutes, row.model, config, splits["train"].pixels)
-    keep(trained.model, BUILD / run.name)
-    test, began = splits["test"], time.process_time()
+def run_group(runs: list[Run], splits: dict[str, Images]) -> None:
+    """Train runs in turn and score each; what is there already, of just these settings, is kept."""
+    if not all(one.trained() for one in runs):
+        train(runs, splits["train"].pixels)
+    for one in runs:
+        if not one.scored():
+            score(one, splits["test"])
+
+
+def train(runs: list[Run], images: np.ndarray) -> None:
+    """Train runs in turn and keep their bundles, each with what was asked and what it took."""
+    trainings = [Training(60 * one.minutes, *one.settings, images) for one in runs]
+    for one, result in zip(runs, in_turn(trainings), strict=True):
+        keep(result.model, BUILD / one.name)
+        facts = {
+            **one.asked,
+            "parameters": sum(p.numel() for p in result.model.parameters()),
+            "train_cpu_seconds": round(result.cpu_seconds, 1),
+            "steps": result.steps,
+            "steps_skipped": result.steps_skipped,
+            "images_seen": result.images_seen,
+            "machine": machine(),
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+        (BUILD / one.name / TRAINED).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def score(run: Run, test: Images) -> None:
+    """Score a trained run on the test split and record it."""
+    began = time.process_time()
     result = evaluate(
-        trained.model, test.pixels, test.ids, seed=EVALUATION_SEED, k=run.k, batch_size=100, chunk=20
+        vae.load(BUILD / run.name),
+        test.pixels,
+        test.ids,
+        seed=EVALUATION_SEED,
+        k=run.k,
+        batch_size=100,
+        chunk=20,
     )
-    np.savez(BUILD / run.name / "per_image.npz", **result.per_image)
+    np.savez(run.per_image, **result.per_image)
+    scores = {name: [s.value, s.stderr] for name, s in result.scores.items() if name != "kl_per_dim"}
     record = {
         "data": run.data,
         "row": run.row,
-        **asked,
-        "parameters": sum(p.numel() for p in trained.model.parameters()),
-        "train_cpu_seconds": round(trained.cpu_seconds, 1),
+        "trained": run.trained(),
         "score_cpu_seconds": round(time.process_time() - began, 1),
-        "steps": trained.steps,
-        "images_seen": trained.images_seen,
-        "scores": {name: [s.value, s.stderr] for name, s in result.scores.items() if name != "kl_per_dim"},
+        "scores": scores,
         "protocol": result.protocol,
-        "machine": machine(),
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     run.record.write_text(json.dumps(record, indent=1) + "\n")
-    print(
-        run.name,
-        {n: record["scores"][n][0] for n in ("elbo", "iw_bound") if n in record["scores"]},
-        flush=True,
-    )
-
-
-def _read(run: Run) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(run.record.read_text())
-    return record
+    print(run.name, {n: scores[n][0] for n in ("elbo", "iw_bound") if n in scores}, flush=True)
 
 
 def paired(data: str, plan: Plan, score: str) -> dict[str, Any]:
@@ -169,7 +223,7 @@ def paired(data: str, plan: Plan, score: str) -> dict[str, Any]:
     The interval is over test images, of each image's mean over the seeds; `by_seed` shows the seeds' spread.
     """
     ladder, flat = (
-        np.stack([_per_image(plan.run(data, row, seed), score) for seed in plan.seeds]) for row in PAIR
+        np.stack([np.load(plan.run(data, row, seed).per_image)[score] for seed in plan.seeds]) for row in PAIR
     )
     gains = ladder - flat
     by_image = gains.mean(0)
@@ -181,10 +235,6 @@ def paired(data: str, plan: Plan, score: str) -> dict[str, Any]:
         "interval": [mean - half, mean + half],
         "by_seed": gains.mean(1).tolist(),
     }
-
-
-def _per_image(run: Run, score: str) -> np.ndarray:
-    return np.load(BUILD / run.name / "per_image.npz")[score]
 
 
 def search_table() -> str:
@@ -204,38 +254,39 @@ def search_table() -> str:
             f"| {one['row']} | {bold}{change}{bold} | {one['seconds']:g} | {one['images_seen']:,} "
             f"| {one['score']} | {value} |"
         )
+    places = sorted({f"{one['finished'][:10]} on {one['cpu']}" for one in found["candidates"]})
     foot = (
         f"In nats, on {found['validation_images']:,} validation images of Fashion-MNIST, seed "
-        f"{found['seed']}; iw_bound with K = {found['k']}; {found['finished'][:10]}, one thread of "
-        f"{found['machine']['cpu']}."
+        f"{found['seed']}; iw_bound with K = {found['k']}; one thread, {', and '.join(places)}."
     )
     return "\n".join([*lines, "", foot])
 
 
 def table(sets: list[str], plan: Plan) -> str:
     """The generated section of the page, in Markdown."""
-    records = [_read(plan.run(data, row)) for data in sets for row in ROWS]
+    records = [read(plan.run(data, row).record) for data in sets for row in ROWS]
     lines = [
         "| set | model | parameters | images seen | CPU seconds | −ELBO | NLL | PSNR, dB |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         *map(_line, records),
     ]
-    where, protocol = records[0]["machine"], records[-1]["protocol"]
+    first, protocol = records[0]["trained"], records[-1]["protocol"]
+    where = first["machine"]
     foot = (
         f"Nats an image, ± standard error over the {protocol['images']:,} test images, binarised and scored "
         f"under seed {protocol['seed']}; NLL by importance weighting with K = {protocol['k']}. Training "
-        f"seed {plan.seeds[0]}; measured {records[0]['finished'][:10]} on one thread of {where['cpu']} "
+        f"seed {plan.seeds[0]}; measured {first['finished'][:10]} on one thread of {where['cpu']} "
         f"({where['cores']} cores, shared), torch {where['torch']}, Python {where['python']}."
     )
     return "\n".join([*lines, "", foot, "", *_pair_lines(sets[0], plan)])
 
 
 def _line(record: dict[str, Any]) -> str:
-    scores, title = record["scores"], ROWS[record["row"]].title
+    scores, trained, title = record["scores"], record["trained"], ROWS[record["row"]].title
     elbo, bound = (_nats(scores[name]) if name in scores else "none" for name in ("elbo", "iw_bound"))
     return (
-        f"| {record['data']} | {title} | {record['parameters']:,} | {record['images_seen']:,} "
-        f"| {record['train_cpu_seconds']:.0f} | {elbo} | {bound} | {scores['psnr'][0]:.2f} |"
+        f"| {record['data']} | {title} | {trained['parameters']:,} | {trained['images_seen']:,} "
+        f"| {trained['train_cpu_seconds']:.0f} | {elbo} | {bound} | {scores['psnr'][0]:.2f} |"
     )
 
 
@@ -277,7 +328,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--no-pictures", action="store_true")
     parser.add_argument(
-        "--rows", nargs="+", choices=ROWS, help="only run these, and write no page: for several processes"
+        "--groups",
+        type=int,
+        nargs="+",
+        help="run these alone, counted from 0, and write no page: for several processes",
     )
     chosen = parser.parse_args()
     torch.set_num_threads(1)
@@ -285,11 +339,11 @@ def main() -> None:
     plan = Plan(tuple(chosen.seeds), chosen.minutes, chosen.k)
     sets = dict(pair.split("=", 1) for pair in chosen.data)
     splits = {name: read_idx(folder) for name, folder in sets.items()}
-    asked = [one for number, data in enumerate(sets) for one in plan.runs(data, compared=number == 0)]
-    for one in asked:
-        if not chosen.rows or one.row in chosen.rows:
-            run(one, splits[one.data])
-    if chosen.rows:
+    groups = [group for i, data in enumerate(sets) for group in plan.groups(data, compared=i == 0)]
+    for number, group in enumerate(groups):
+        if not chosen.groups or number in chosen.groups:
+            run_group(group, splits[group[0].data])
+    if chosen.groups:
         return
     write_page("search", search_table())
     write_page("table", table(list(sets), plan))

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from vae import bundle, pixels
 from vae.config import ModelConfig, TrainConfig
 from vae.model import Model, build
 from vae.objective import beta_at, training_loss
+from vae.optimizer import Optimizer
 from vae.random import StepDraws, permutation
 
-LR_WARMUP = 0.02  # of the time; the learning rate then falls along a cosine to zero
+LR_WARMUP = 0.1  # of the time; the learning rate then falls along a cosine to zero
+SLICE = 1.0  # CPU seconds of a turn
 
 
 @dataclass(frozen=True)
@@ -57,59 +60,86 @@ class Trained:
     cpu_seconds: float
     steps: int
     images_seen: int
+    steps_skipped: int
+
+
+class Training:
+    """A training that goes on for a slice of CPU seconds at a time, until it has had all of its own.
+
+    The learning rate warms up and falls to zero over that time, the same for every model, and a schedule of
+    beta in epochs is taken as its share of config.epochs. Everything else is `vae.train.fit`'s: Adam and its
+    guard, the draws and the order as functions of the seed and the step.
+    """
+
+    def __init__(self, cpu_seconds: float, model: ModelConfig, config: TrainConfig, images: np.ndarray):
+        self.config, self.cpu_seconds = config, cpu_seconds
+        self.data = pixels.tensor(images)
+        self.model = build(model, config.seed)
+        self.model.initialize(self.data[:1024])
+        self.model.train()
+        self.optimizer = Optimizer(self.model, config)
+        self.step, self.used = 0, 0.0
+
+    @property
+    def done(self) -> bool:
+        return self.used >= self.cpu_seconds
+
+    def go_on(self, cpu_seconds: float) -> None:
+        """Train for so many CPU seconds of this process more, or for what is left."""
+        end = min(self.used + cpu_seconds, self.cpu_seconds)
+        began, before = time.process_time(), self.used
+        while self.used < end:
+            self._train_step()
+            self.used = before + time.process_time() - began
+
+    def _train_step(self) -> None:
+        config, spent = self.config, self.used / self.cpu_seconds
+        batch = self._batch()
+        draws = StepDraws(config.seed, self.step, len(batch))
+        seen, target = self.model.observe(batch, draws)
+        noise = draws.normal("posterior", config.samples, self.model.latent_dim)
+        inference = self.model.infer(seen, noise.transpose(0, 1).flatten(0, 1))
+        loss, _ = training_loss(config, beta_at(config, int(1e6 * spent), 1_000_000), inference, target)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step(config.learning_rate * schedule(spent), self.step)
+        self.step += 1
+
+    def _batch(self) -> torch.Tensor:
+        """The step's images, (B, C, H, W) uint8, in whole batches of an epoch's order."""
+        size = self.config.batch_size
+        epoch, position = divmod(self.step, len(self.data) // size)
+        if position == 0:
+            self.order = permutation(self.config.seed, epoch, len(self.data))
+        return self.data[self.order[position * size : (position + 1) * size]]
+
+    def result(self) -> Trained:
+        """The trained model, ready to be scored."""
+        self.optimizer.settle()
+        seen = self.step * self.config.batch_size
+        return Trained(self.model.eval(), self.used, self.step, seen, int(self.optimizer.guard.skipped))
+
+
+def in_turn(trainings: Sequence[Training]) -> list[Trained]:
+    """Train all to their ends, a second each in turn: what else the machine does is the same for all."""
+    while not all(training.done for training in trainings):
+        for training in trainings:
+            training.go_on(SLICE)
+    return [training.result() for training in trainings]
 
 
 def train_for(
     cpu_seconds: float, model_config: ModelConfig, config: TrainConfig, images: np.ndarray
 ) -> Trained:
-    """Train for CPU seconds of this process, not for epochs: what a step costs is part of the comparison.
-
-    The learning rate warms up and falls to zero over that time, the same for every model, and a schedule of
-    beta in epochs is taken as its share of config.epochs. Everything else is `vae.train.fit`'s: Adam, the
-    draws and the order as functions of the seed and the step.
-    """
-    data = pixels.tensor(images)
-    model = build(model_config, config.seed)
-    model.initialize(data[:1024])
-    model.train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
-    started, step, spent = time.process_time(), 0, 0.0
-    a_pass = len(data) // config.batch_size
-    while spent < 1:
-        if step % a_pass == 0:
-            order = permutation(config.seed, step // a_pass, len(data))
-        start = step % a_pass * config.batch_size
-        optimizer.param_groups[0]["lr"] = config.learning_rate * schedule(spent)
-        beta = beta_at(config, int(1e6 * spent), 1_000_000)
-        train_step(model, optimizer, config, beta, data[order[start : start + config.batch_size]], step)
-        step += 1
-        spent = (time.process_time() - started) / cpu_seconds
-    return Trained(model.eval(), time.process_time() - started, step, step * config.batch_size)
-
-
-def train_step(
-    model: Model,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    beta: float,
-    batch: torch.Tensor,
-    step: int,
-) -> None:
-    """One step on uint8 images (B, C, H, W)."""
-    draws = StepDraws(config.seed, step, len(batch))
-    seen, target = model.observe(batch, draws)
-    noise = draws.normal("posterior", config.samples, model.latent_dim).transpose(0, 1).flatten(0, 1)
-    loss, _ = training_loss(config, beta, model.infer(seen, noise), target)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    """Train one model for CPU seconds of this process, not for epochs."""
+    return in_turn([Training(cpu_seconds, model_config, config, images)])[0]
 
 
 def schedule(spent: float) -> float:
     """The learning rate's factor after a share of the time.
 
-    >>> [round(schedule(share), 2) for share in (0.0, 0.01, 0.02, 0.5, 1.0)]
-    [0.0, 0.5, 1.0, 0.5, 0.0]
+    >>> [round(schedule(share), 2) for share in (0.0, 0.05, 0.1, 0.5, 1.0)]
+    [0.0, 0.5, 0.98, 0.5, 0.0]
     """
     return min(1.0, spent / LR_WARMUP) * 0.5 * (1 + math.cos(math.pi * spent))
 

@@ -13,7 +13,7 @@ from torch import Tensor, distributions, nn
 from vae import gaussian
 from vae.config import LadderConfig, TrainConfig
 from vae.evaluate import evaluate
-from vae.ladder import LadderVAE, Level, Up, informative
+from vae.ladder import LadderVAE, Level, Residual, Up, bounded, informative, kernel_for
 from vae.likelihood import Likelihood, sum_pixels
 from vae.model import build
 from vae.objective import importance_bound, log_weights, terms
@@ -148,7 +148,8 @@ def set_posterior(model: LadderVAE, truth: Exact) -> None:
     )
     variances = torch.stack([truth.rest[0, 0], truth.rest[1, 1] - slope * truth.rest[1, 0]])
     for level, variance in zip((top, low), variances, strict=True):
-        level.posterior.bias[1] = variance.log() - level.prior.bias[1]
+        change = variance.log() - bounded(level.prior.bias[1])
+        level.posterior.bias[1] = change / (1 - change.abs() / 8)  # which `bounded` undoes
 
 
 def low_features(top: Level, h1: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,7 +196,7 @@ def test_the_elbo_falls_short_of_the_evidence_by_the_posteriors_kl(chain: Ladder
     low = chain.top_down.levels[1]
     with torch.no_grad():
         low.posterior.bias[0] += 0.5
-    variance = (low.prior.bias[1] + low.posterior.bias[1]).exp()
+    variance = (bounded(low.prior.bias[1]) + bounded(low.posterior.bias[1])).exp()
     gap = truth.evidence.log_prob(x.flatten(1) / 255) - log_w(chain, x, 4000).mean(0)
     torch.testing.assert_close(gap, (0.5**2 / (2 * variance)).expand(4), rtol=0.1, atol=0)
 
@@ -220,6 +221,23 @@ def model() -> LadderVAE:
             level.prior.weight.copy_(0.2 * normal(*level.prior.weight.shape, seed=1))
             level.posterior.weight.copy_(0.2 * normal(*level.posterior.weight.shape, seed=2))
     return built.eval()
+
+
+def test_a_bounded_log_variance_has_a_gradient_wherever_it_is():
+    for value in (-1e3, -30.0, 0.0, 20.0, 1e3):
+        logvar = torch.tensor(value, requires_grad=True)
+        bounded(logvar).backward()
+        assert bounded(logvar).abs() < 8
+        assert logvar.grad > 0
+
+
+@pytest.mark.parametrize(("size", "reached"), [((7, 7), 9), ((7, 1), 3), ((1, 1), 1)])
+def test_a_block_reaches_the_neighbours_that_there_are(size: tuple[int, int], reached: int):
+    block = Residual(4, kernel_for(size)).double()
+    x = normal(1, 4, *size, seed=2)
+    changed = x.clone()
+    changed[0, :, size[0] // 2, size[1] // 2] += 1.0
+    assert int(((block(changed) - block(x)).abs().sum(1) > 0).sum()) == reached
 
 
 def test_with_overlap_a_patch_is_made_from_its_neighbours_too():

@@ -1,12 +1,13 @@
 """The VAE with one latent vector: Kingma & Welling 2014, *Auto-Encoding Variational Bayes*.
 
-    L(theta, phi; x) = -D_KL(q_phi(z|x) || p(z)) + E_{q_phi(z|x)}[log p_theta(x|z)]        equation (3)
-    z = g_phi(epsilon, x) = mu + sigma * epsilon,  epsilon ~ N(0, I)                        (4), section 2.4
-    q_phi(z|x) = N(z; mu, sigma^2 I),  mu and log sigma^2 from the encoder                  (9)
-    -D_KL(q_phi(z|x) || p(z)) = 1/2 sum_j (1 + log sigma_j^2 - mu_j^2 - sigma_j^2)          (10)
+    L(theta, phi; x) = -D_KL(q_phi(z|x) || p(z)) + E_{q_phi(z|x)}[log p_theta(x|z)]     the variational bound
+    z = g_phi(epsilon, x) = mu + sigma * epsilon,  epsilon ~ N(0, I)              the reparameterization trick
+    q_phi(z|x) = N(z; mu, sigma^2 I),  mu and log sigma^2 from the encoder                       the posterior
+    -D_KL(q_phi(z|x) || p(z)) = 1/2 sum_j (1 + log sigma_j^2 - mu_j^2 - sigma_j^2)       its KL, Gaussian case
 
-(9), (4) and (10) are here, in `FlatVAE`; (3), which every model shares, is in `vae.objective`. The posterior
-q_phi(z|x) is the encoder with its head, p_theta(x|z) the decoder with its likelihood, p(z) the prior.
+The last three are here, in `FlatVAE`; the bound, which every model shares, is in `vae.objective`. The
+posterior q_phi(z|x) is the encoder with its head, p_theta(x|z) the decoder with its likelihood, p(z) the
+prior.
 
 Legend: B images, K draws an image, N = K*B rows, C channels, H W pixels, D latent dimensions.
 """
@@ -55,7 +56,7 @@ class FlatVAE(Model):
         self._start_wide()
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """mu and log sigma^2 of q_phi(z|x) = N(z; mu, sigma^2 I), equation (9): x in [0, 1] -> two (B, D)."""
+        """mu and log sigma^2 of q_phi(z|x) = N(z; mu, sigma^2 I): x in [0, 1] -> two (B, D)."""
         mu, logvar = self.posterior_head(self.encoder(x)).chunk(2, dim=1)
         return mu, logvar
 
@@ -63,12 +64,12 @@ class FlatVAE(Model):
         mu, logvar = self.posterior(unit(x, self.dtype))
         if noise is None:
             z = mu
-        else:  # equation (4): z = g_phi(epsilon, x), where the noise is epsilon
+        else:  # the reparameterization trick: z = g_phi(epsilon, x), where the noise is epsilon
             mu, logvar = repeat_draws(mu, noise), repeat_draws(logvar, noise)
             z = gaussian.sample(mu, logvar, noise)
         log_q = gaussian.log_prob(z, mu, logvar).sum(1, keepdim=True)  # log q_phi(z|x)
         log_p = self.prior.log_prob(z)[:, None]  # log p(z)
-        # D_KL(q_phi(z|x) || p(z)): by equation (10) where p(z) is N(0, I), else log q - log p of the draw
+        # D_KL(q_phi(z|x) || p(z)): in closed form where p(z) is N(0, I), else log q - log p of the draw
         kl_per_dim = gaussian.standard_kl(mu, logvar) if self.kl_in_closed_form else None
         kl = log_q - log_p if kl_per_dim is None else kl_per_dim.sum(1, keepdim=True)
         return Inference(

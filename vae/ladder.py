@@ -4,7 +4,7 @@
 
 with level 1 the top. The bottom-up pass reads x once; the top-down pass is shared by both and, at each
 level, either draws from the posterior, which adds what the bottom-up pass saw at that resolution, or from the
-prior (Sønderby et al. 2016; Kingma et al. 2016; Child 2021). Gated pre-activation residual blocks, learned
+prior (Sønderby et al. 2016; Kingma et al. 2016; Child 2021). Pre-activation residual blocks, learned
 conditional priors, and no batch normalisation: no image depends on the others of its batch.
 
 Legend: B images, K draws an image, N = K*B rows, L levels, C channels, H W pixels, D latent dimensions of all
@@ -47,6 +47,18 @@ def convolution(inputs: int, outputs: int, kernel: int) -> Pointwise | nn.Conv2d
     return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
 
 
+def bounded(logvar: Tensor) -> Tensor:
+    """A log-variance kept within -8 and 8, smoothly and with a gradient everywhere; near 0 it is itself.
+
+    Two Gaussians that both move are unstable without: where the prior's variance runs ahead towards 0, the KL
+    of a posterior beside it grows without limit within a few steps.
+
+    >>> bounded(torch.tensor([0.0, 8.0, -800.0]))
+    tensor([ 0.0000,  4.0000, -7.9208])
+    """
+    return logvar / (1 + logvar.abs() / 8)
+
+
 def shrunk(layer: Layer) -> Layer:
     """The layer with its starting weights made small and its bias zero."""
     with torch.no_grad():
@@ -56,19 +68,23 @@ def shrunk(layer: Layer) -> Layer:
     return layer
 
 
-class GatedResidual(nn.Module):
-    """x + a σ(b), with (a, b) two convolutions of x after their nonlinearity.
+class Residual(nn.Module):
+    """x + f(x), with f a convolution over neighbours, one a channel, between two over channels at a position.
 
+    So a block costs little more than its two matrix products (Chollet 2017; in VAEs, Vahdat and Kautz 2020).
     The last convolution starts small, so that a deep stack starts near the identity.
     """
 
     def __init__(self, channels: int, kernel: int):
         super().__init__()
-        self.first = convolution(channels, channels, kernel)
-        self.last = shrunk(convolution(channels, 2 * channels, kernel))
+        self.first = Pointwise(channels, channels)
+        self.neighbours: nn.Module = nn.Identity()
+        if kernel > 1:
+            self.neighbours = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels)
+        self.last = shrunk(Pointwise(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + F.glu(self.last(F.silu(self.first(F.silu(x)))), 1)
+        return x + self.last(F.silu(self.neighbours(self.first(F.silu(x)))))
 
 
 class Down(nn.Module):
@@ -115,19 +131,19 @@ class Level(nn.Module):
         self.before = residuals(channels, kernel, blocks)
         self.prior = shrunk(Pointwise(channels, 2 * latents))
         self.seen = Pointwise(channels, channels)
-        self.posterior_block = GatedResidual(channels, kernel)
+        self.posterior_block = Residual(channels, kernel)
         self.posterior = shrunk(Pointwise(channels, 2 * latents))
         self.drawn = Pointwise(latents, channels)
 
     def p(self, h: Tensor) -> Moments:
         """Mean and log-variance of p(z_l|z_<l)."""
         mean, logvar = self.prior(h).chunk(2, 1)
-        return mean, logvar
+        return mean, bounded(logvar)
 
     def q(self, h: Tensor, seen: Tensor, prior: Moments) -> Moments:
         """Mean and log-variance of q(z_l|z_<l, x), as a change to the prior's (Vahdat and Kautz 2020)."""
         mean, logvar = self.posterior(self.posterior_block(h + self.seen(seen))).chunk(2, 1)
-        return prior[0] + mean, prior[1] + logvar
+        return prior[0] + mean, prior[1] + bounded(logvar)
 
 
 class BottomUp(nn.Module):
@@ -283,8 +299,8 @@ def sums(levels: Sequence[Tensor]) -> Tensor:
 
 
 def residuals(channels: int, kernel: int, count: int) -> nn.Sequential:
-    """A row of gated residual blocks."""
-    return nn.Sequential(*(GatedResidual(channels, kernel) for _ in range(count)))
+    """A row of residual blocks."""
+    return nn.Sequential(*(Residual(channels, kernel) for _ in range(count)))
 
 
 def stage_sizes(config: LadderConfig) -> list[Size]:

@@ -1,10 +1,10 @@
 """The terms of the ELBO, the importance-weighted bound, and the losses that training minimises.
 
-    L(x)   = E_{q(z|x)}[log p(x|z)] - D_KL(q(z|x) || p(z))          Kingma & Welling 2014, equation (3)
+    L(x)   = E_{q(z|x)}[log p(x|z)] - D_KL(q(z|x) || p(z))          Kingma & Welling 2014
     L_K(x) = E[log 1/K sum_k w_k],  w_k = p(x, z_k) / q(z_k|x)      Burda et al. 2016, section 3
 
-with the expectations over draws z_k ~ q(z|x), of which each value here takes one or K (the paper's
-estimator (7) with one draw). `terms`, `log_weights` and `importance_bound` are what is reported: nats,
+with the expectations over draws z_k ~ q(z|x), of which each value here takes one or K; the KL is in closed
+form where it has one. `terms`, `log_weights` and `importance_bound` are what is reported: nats,
 natural sign, one value an image or draw. The losses below them are what is trained: scalars, with whatever
 weights the configuration gives. Higgins et al. 2017: beta. Kingma et al. 2016: free bits. Vahdat & Kautz
 2020: balancing. Tucker et al. 2018: the doubly reparameterized gradient of L_K.
@@ -34,7 +34,7 @@ class Terms:
 
     @property
     def elbo(self) -> Tensor:
-        """L(x) = E_q[log p(x|z)] - KL(q(z|x) || p(z)), (N,): Kingma & Welling 2014, equation (3)."""
+        """L(x) = E_q[log p(x|z)] - KL(q(z|x) || p(z)), (N,): Kingma & Welling 2014."""
         return self.log_likelihood - self.kl.sum(1)
 
 
