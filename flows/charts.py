@@ -146,7 +146,9 @@ def plotly(chart: Chart) -> dict[str, Any]:
         )
     layout = {
         "xaxis": {"title": {"text": chart.x}},
-        "yaxis": {"title": {"text": ""}, "showticklabels": False} if heat else {},
+        "yaxis": {"title": {"text": ""}, "showticklabels": False}
+        if heat
+        else {"rangemode": "tozero" if chart.name == "active-units" else "normal"},
         "showlegend": len(chart.series) > 1,
     }
     return {"data": data, "layout": layout}

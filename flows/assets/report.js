@@ -64,206 +64,291 @@ function themed(layout) {
   };
 }
 
+// The library is text until the first chart needs it: to read its five megabytes takes a second.
+function library() {
+  if (window.Plotly) return;
+  const script = document.createElement("script");
+  script.textContent = find("#library").textContent;
+  document.head.append(script);
+}
+
 function drawChart(place) {
+  library();
   const { data, layout } = JSON.parse(find(`#plot-${place.dataset.plot}`).textContent);
   const draw = () => Plotly.react(place, structuredClone(data), themed(layout), { displayModeBar: false, responsive: true });
   drawn.set(place, draw);
   draw();
 }
 
-// -- the latent map
+// -- the latent map: on a canvas of its own, since plotly alone takes a second to start and WebGL may be missing
 
-function drawMap() {
-  const points = JSON.parse(find("#points").textContent);
-  const map = find("#latent-map");
-  const canvas = find(".canvas", map);
-  const ring = find(".ring", map);
-  const card = find(".hover", map);
-  const count = points.ids.length;
-  const hidden = new Set();
-  const state = { colour: points.legend.length > 1 ? "label" : "score", projection: Object.keys(points.projections)[0], at: null };
-  const members = points.legend.map((_, kind) => points.label.flatMap((own, point) => (own === kind ? [point] : [])));
-  const position = () => points.projections[state.projection];
-  const type = hasWebGL() ? "scattergl" : "scatter";
+const CIVIDIS = ["#00204d", "#00336f", "#39486b", "#575c6d", "#707173", "#8a8779", "#a69d75", "#c4b56c", "#e4cf5b", "#ffea46"];
+let latentMap = null;
 
-  const traces = () => members.map((own, kind) => ({
-    type,
-    mode: "markers",
-    x: own.map((point) => position().x[point]),
-    y: own.map((point) => position().y[point]),
-    customdata: own,
-    visible: !hidden.has(kind),
-    hoverinfo: "none",
-    marker: {
-      size: count > 2000 ? 4 : 7,
-      opacity: 0.75,
-      symbol: points.legend[kind].symbol,
-      ...(state.colour === "label"
-        ? { color: points.legend[kind].color }
-        : { color: own.map((point) => points.score[point]), coloraxis: "coloraxis" }),
-    },
-  }));
-
-  const layout = () => {
+class LatentMap {
+  constructor(points, place) {
+    Object.assign(this, { points, place, hidden: new Set(), at: null });
+    this.canvas = find("canvas", place);
+    this.context = this.canvas.getContext("2d");
+    this.projection = Object.keys(points.projections)[0];
+    this.colour = points.legend.length > 1 ? "label" : "score";
+    this.count = points.ids.length;
+    this.radius = this.count > 2000 ? 2 : 3.5;
     const sorted = Float64Array.from(points.score).sort();
-    const bar = { thickness: 12, outlinewidth: 0, title: { text: points.scoreName, side: "right" } };
-    const limits = { cmin: sorted[Math.floor(count * 0.02)], cmax: sorted[Math.floor((count - 1) * 0.98)] };
-    return {
-      ...themed({ xaxis: bare(), yaxis: { ...bare(), scaleanchor: "x" } }),
-      showlegend: false,
-      hovermode: "closest",
-      dragmode: matchMedia("(pointer: coarse)").matches ? false : "pan",
-      uirevision: state.projection,
-      coloraxis: { colorscale: "Cividis", ...limits, showscale: state.colour === "score", colorbar: bar },
-      annotations: state.colour === "label" && members.length > 1 ? names() : [],
-    };
-  };
-  const bare = () => ({ showticklabels: false, showgrid: false, zeroline: false, showline: false, ticks: "" });
+    this.limits = [sorted[Math.floor((this.count - 1) * 0.02)], sorted[Math.ceil((this.count - 1) * 0.98)]];
+    new ResizeObserver(() => this.resize()).observe(place);
+    this.resize();
+  }
+
+  get xy() { return this.points.projections[this.projection]; }
+
+  visible(point) { return !this.hidden.has(this.points.label[point]); }
+
+  resize() {
+    const scale = devicePixelRatio || 1;
+    [this.width, this.height] = [this.place.clientWidth, this.place.clientHeight];
+    [this.canvas.width, this.canvas.height] = [this.width * scale, this.height * scale];
+    this.context.setTransform(scale, 0, 0, scale, 0, 0);
+    this.all();
+  }
+
+  // Both axes at one scale, all points in view.
+  all() {
+    const { x, y } = this.xy;
+    const [left, right, low, high] = [Math.min(...x), Math.max(...x), Math.min(...y), Math.max(...y)];
+    this.scale = 0.93 * Math.min(this.width / (right - left || 1), this.height / (high - low || 1));
+    this.middle = [(left + right) / 2, (low + high) / 2];
+    this.draw();
+  }
+
+  pixel(point) {
+    const [x, y] = this.middle;
+    return [(this.xy.x[point] - x) * this.scale + this.width / 2, (y - this.xy.y[point]) * this.scale + this.height / 2];
+  }
+
+  zoom(factor, left = this.width / 2, top = this.height / 2) {
+    const [dx, dy] = [(left - this.width / 2) / this.scale, (this.height / 2 - top) / this.scale];
+    this.middle = [this.middle[0] + dx * (1 - 1 / factor), this.middle[1] + dy * (1 - 1 / factor)];
+    this.scale *= factor;
+    this.draw();
+  }
+
+  pan(dx, dy) {
+    this.middle = [this.middle[0] - dx / this.scale, this.middle[1] + dy / this.scale];
+    this.draw();
+  }
+
+  draw() {
+    if (this.asked) return;
+    this.asked = requestAnimationFrame(() => { this.asked = 0; this.paint(); });
+  }
+
+  paint() {
+    const { context, points, radius } = this;
+    context.clearRect(0, 0, this.width, this.height);
+    const markers = this.colour === "label"
+      ? points.legend.map((one) => marker(one.color, one.symbol, radius))
+      : CIVIDIS.map((color) => marker(color, "circle", radius));
+    const half = markers[0].width / 2 / (devicePixelRatio || 1);
+    for (let point = 0; point < this.count; point++) {
+      if (!this.visible(point)) continue;
+      const [x, y] = this.pixel(point);
+      if (x < -half || y < -half || x > this.width + half || y > this.height + half) continue;
+      const which = this.colour === "label" ? points.label[point] : this.step(points.score[point]);
+      context.drawImage(markers[which], x - half, y - half, 2 * half, 2 * half);
+    }
+    if (this.colour === "label" && points.legend.length > 1) this.name();
+    this.hide();
+  }
+
+  step(score) {
+    const [low, high] = this.limits;
+    return Math.max(0, Math.min(CIVIDIS.length - 1, Math.floor(((score - low) / (high - low || 1)) * CIVIDIS.length)));
+  }
 
   // Each label's name at the middle of its points, so that colour is not all that tells them apart.
-  const names = () => members.flatMap((own, kind) => {
-    if (!own.length || hidden.has(kind)) return [];
-    const middle = (values) => own.map((point) => values[point]).sort((a, b) => a - b)[own.length >> 1];
+  name() {
+    const { context, points } = this;
     const { paper, ink } = colours();
-    const name = points.legend[kind].name;
-    return [{
-      x: middle(position().x), y: middle(position().y), text: plain(name.length > 18 ? `${name.slice(0, 17)}…` : name),
-      showarrow: false, font: { color: ink, size: 12 }, bgcolor: paper, opacity: 0.85, borderpad: 2, captureevents: false,
-    }];
-  });
+    context.font = `600 13px ${getComputedStyle(find("nav")).fontFamily}`;
+    Object.assign(context, { textAlign: "center", textBaseline: "middle", lineWidth: 4, lineJoin: "round", strokeStyle: paper, fillStyle: ink });
+    points.legend.forEach((one, kind) => {
+      const own = points.label.flatMap((label, point) => (label === kind ? [this.pixel(point)] : []));
+      if (!own.length || this.hidden.has(kind)) return;
+      const [x, y] = [0, 1].map((axis) => own.map((at) => at[axis]).sort((a, b) => a - b)[own.length >> 1]);
+      const name = one.name.length > 18 ? `${one.name.slice(0, 17)}…` : one.name;
+      context.strokeText(name, x, y);
+      context.fillText(name, x, y);
+    });
+  }
 
-  const draw = () => Plotly.react(canvas, traces(), layout(), { displayModeBar: false, responsive: true, scrollZoom: true, doubleClick: "reset" });
+  nearest(left, top, within, fits = () => true) {
+    let [best, shortest] = [null, within];
+    for (let point = 0; point < this.count; point++) {
+      if (!this.visible(point)) continue;
+      const [x, y] = this.pixel(point);
+      const distance = Math.hypot(x - left, y - top);
+      if (distance < shortest && x >= 0 && y >= 0 && x <= this.width && y <= this.height && fits(point, x - left, y - top)) {
+        [best, shortest] = [point, distance];
+      }
+    }
+    return best;
+  }
 
-  const pixel = (point) => {
-    const { xaxis, yaxis } = canvas._fullLayout;
-    return [xaxis.d2p(position().x[point]) + xaxis._offset, yaxis.d2p(position().y[point]) + yaxis._offset];
-  };
+  // To the nearest point that lies within 45 degrees of a direction.
+  step_to(dx, dy) {
+    const [left, top] = this.at === null ? [this.width / 2, this.height / 2] : this.pixel(this.at);
+    const ahead = (point, x, y) => this.at === null || (point !== this.at && x * dx + y * dy > 2 && Math.abs(x * dy + y * dx) <= x * dx + y * dy);
+    const found = this.nearest(left, top, Infinity, ahead);
+    if (found !== null) this.show(found);
+  }
 
-  const hide = () => { ring.hidden = card.hidden = true; };
+  hide() {
+    find(".ring", this.place).hidden = find(".hover", this.place).hidden = true;
+  }
 
-  const show = (point) => {
-    state.at = point;
-    const [left, top] = pixel(point);
+  show(point) {
+    this.at = point;
+    const { points, place } = this;
+    const [ring, card] = [find(".ring", place), find(".hover", place)];
     const { columns, width, height, uri } = points.sprite;
     const scale = Math.max(1, Math.floor(112 / Math.max(width, height)));
     const thumb = find(".thumb", card);
-    const rows = Math.ceil(count / columns);
     if (!thumb.style.backgroundImage) thumb.style.backgroundImage = `url(${uri})`;
-    thumb.style.width = `${width * scale}px`;
-    thumb.style.height = `${height * scale}px`;
-    thumb.style.backgroundSize = `${columns * width * scale}px ${rows * height * scale}px`;
-    thumb.style.backgroundPosition = `${-(point % columns) * width * scale}px ${-Math.floor(point / columns) * height * scale}px`;
+    Object.assign(thumb.style, {
+      width: `${width * scale}px`,
+      height: `${height * scale}px`,
+      backgroundSize: `${columns * width * scale}px ${Math.ceil(this.count / columns) * height * scale}px`,
+      backgroundPosition: `${-(point % columns) * width * scale}px ${-Math.floor(point / columns) * height * scale}px`,
+    });
     const label = points.labels.length ? points.labels[point] : points.legend[points.label[point]].name;
     find(".label", card).textContent = label === "no label" ? "" : label;
     find(".score", card).textContent = `${points.scoreName} ${String(points.score[point]).replace("-", "−")} nats`;
     find(".id", card).textContent = points.ids[point];
     ring.hidden = card.hidden = false;
-    ring.style.left = `${left}px`;
-    ring.style.top = `${top}px`;
-    const beside = left + 16 + card.offsetWidth > map.clientWidth ? left - 16 - card.offsetWidth : left + 16;
-    card.style.left = `${Math.max(4, Math.min(beside, map.clientWidth - card.offsetWidth - 4))}px`;
-    card.style.top = `${Math.max(4, Math.min(top - 24, map.clientHeight - card.offsetHeight - 4))}px`;
-  };
+    const [left, top] = this.pixel(point);
+    Object.assign(ring.style, { left: `${left}px`, top: `${top}px` });
+    const beside = left + 16 + card.offsetWidth > this.width ? left - 16 - card.offsetWidth : left + 16;
+    card.style.left = `${Math.max(4, Math.min(beside, this.width - card.offsetWidth - 4))}px`;
+    card.style.top = `${Math.max(4, Math.min(top - 24, this.height - card.offsetHeight - 4))}px`;
+  }
+}
 
-  const zoom = (factor) => {
-    const ranges = {};
-    for (const name of ["xaxis", "yaxis"]) {
-      const [from, to] = canvas._fullLayout[name].range;
-      const [middle, half] = [(from + to) / 2, ((to - from) / 2) * factor];
-      ranges[`${name}.range`] = [middle - half, middle + half];
+// A small picture of a point, drawn once and stamped ten thousand times.
+function marker(color, symbol, radius) {
+  const scale = devicePixelRatio || 1;
+  const picture = document.createElement("canvas");
+  picture.width = picture.height = Math.ceil(2 * (radius + 1) * scale);
+  const context = picture.getContext("2d");
+  const middle = picture.width / 2;
+  const size = radius * scale;
+  Object.assign(context, { fillStyle: color, globalAlpha: 0.8 });
+  context.translate(middle, middle);
+  context.beginPath();
+  if (symbol === "circle") context.arc(0, 0, size, 0, 7);
+  else {
+    if (symbol === "diamond") context.rotate(Math.PI / 4);
+    context.rect(-size * 0.9, -size * 0.9, size * 1.8, size * 1.8);
+  }
+  context.fill();
+  return picture;
+}
+
+// Drag to pan, pinch to zoom; the wheel zooms once the map has the focus, so that it does not trap a scroll.
+function steer(map) {
+  const { place } = map;
+  const fingers = new Map();
+  const spot = (event) => { const box = place.getBoundingClientRect(); return [event.clientX - box.left, event.clientY - box.top]; };
+  const spread = () => { const [a, b] = [...fingers.values()]; return Math.hypot(a[0] - b[0], a[1] - b[1]); };
+  place.addEventListener("pointerdown", (event) => { fingers.set(event.pointerId, spot(event)); place.setPointerCapture(event.pointerId); });
+  place.addEventListener("pointermove", (event) => {
+    const now = spot(event);
+    const before = fingers.get(event.pointerId);
+    if (!before) {
+      const point = map.nearest(...now, 12);
+      if (point === null) map.hide(); else map.show(point);
+      return;
     }
-    Plotly.relayout(canvas, ranges);
-  };
-  const reset = () => Plotly.relayout(canvas, { "xaxis.autorange": true, "yaxis.autorange": true });
-
-  // The nearest visible point that lies in a direction, within 45 degrees of it.
-  const step = (dx, dy) => {
-    const [x0, y0] = state.at === null ? [map.clientWidth / 2, map.clientHeight / 2] : pixel(state.at);
-    let [best, nearest] = [null, Infinity];
-    for (let point = 0; point < count; point++) {
-      if (point === state.at || hidden.has(points.label[point])) continue;
-      const [x, y] = pixel(point);
-      if (x < 0 || y < 0 || x > map.clientWidth || y > map.clientHeight) continue;
-      const [along, across] = [(x - x0) * dx + (y - y0) * dy, Math.abs((x - x0) * dy + (y - y0) * dx)];
-      if (state.at !== null && (along < 2 || across > along)) continue;
-      const distance = Math.hypot(x - x0, y - y0);
-      if (distance < nearest) [best, nearest] = [point, distance];
+    if (fingers.size === 2) {
+      const [apart, [left, top]] = [spread(), now];
+      fingers.set(event.pointerId, now);
+      map.zoom(spread() / (apart || 1), left, top);
+    } else if (Math.hypot(now[0] - before[0], now[1] - before[1]) > 1) {
+      fingers.set(event.pointerId, now);
+      map.pan(now[0] - before[0], now[1] - before[1]);
     }
-    if (best !== null) show(best);
-  };
-
-  drawn.set(canvas, draw);
-  draw().then(() => {
-    canvas.on("plotly_hover", (event) => show(event.points[0].customdata));
-    canvas.on("plotly_click", (event) => show(event.points[0].customdata));
-    canvas.on("plotly_unhover", hide);
-    canvas.on("plotly_relayouting", hide);
-    canvas.on("plotly_relayout", hide);
-    root.dataset.ready = Math.round(performance.now());
   });
+  for (const end of ["pointerup", "pointercancel"]) place.addEventListener(end, (event) => fingers.delete(event.pointerId));
+  place.addEventListener("click", (event) => { const point = map.nearest(...spot(event), 20); if (point !== null) map.show(point); });
+  place.addEventListener("pointerleave", () => { if (!fingers.size) map.hide(); });
+  place.addEventListener("wheel", (event) => {
+    if (document.activeElement !== place && !event.ctrlKey) return;
+    event.preventDefault();
+    map.zoom(Math.exp(-event.deltaY / 400), ...spot(event));
+  }, { passive: false });
+  const keys = {
+    ArrowLeft: () => map.step_to(-1, 0), ArrowRight: () => map.step_to(1, 0), ArrowUp: () => map.step_to(0, -1), ArrowDown: () => map.step_to(0, 1),
+    "+": () => map.zoom(1.6), "=": () => map.zoom(1.6), "-": () => map.zoom(1 / 1.6), 0: () => map.all(), Escape: () => map.hide(),
+  };
+  place.addEventListener("keydown", (event) => {
+    if (!(event.key in keys) || event.ctrlKey || event.metaKey) return;
+    event.preventDefault();
+    keys[event.key]();
+  });
+  find("#closer").addEventListener("click", () => map.zoom(1.6));
+  find("#farther").addEventListener("click", () => map.zoom(1 / 1.6));
+  find("#all").addEventListener("click", () => map.all());
+}
 
+// The labels as buttons that hide and show their points; for a score, the range of its colours.
+function explain(map) {
+  const { points } = map;
   const legend = find(".legend");
+  const scale = find("#scale");
+  const [low, high] = map.limits.map((value) => Math.round(value).toString().replace("-", "−"));
+  scale.style.setProperty("--colours", CIVIDIS.join(","));
+  scale.append(`${low} and less`, document.createElement("i"), `${high} nats and more`);
+  const recolour = () => { scale.hidden = map.colour === "label"; map.draw(); };
   points.legend.forEach((one, kind) => {
     if (points.legend.length < 2) return;
-    const button = document.createElement("button");
-    button.type = "button";
+    const button = Object.assign(document.createElement("button"), { type: "button" });
     button.setAttribute("aria-pressed", "true");
     const swatch = Object.assign(document.createElement("i"), { className: one.symbol });
     swatch.style.background = one.color;
-    const number = Object.assign(document.createElement("small"), { textContent: ` ${one.count.toLocaleString("en")}` });
-    button.append(swatch, one.name, number);
+    button.append(swatch, one.name, Object.assign(document.createElement("small"), { textContent: ` ${one.count.toLocaleString("en")}` }));
     button.addEventListener("click", () => {
-      if (!hidden.delete(kind)) hidden.add(kind);
-      button.setAttribute("aria-pressed", !hidden.has(kind));
-      hide();
-      draw();
+      if (!map.hidden.delete(kind)) map.hidden.add(kind);
+      button.setAttribute("aria-pressed", !map.hidden.has(kind));
+      map.draw();
     });
     const item = document.createElement("li");
     item.append(button);
     legend.append(item);
   });
-
-  find("#colour").value = state.colour;
-  for (const name of ["colour", "projection"]) {
-    find(`#${name}`)?.addEventListener("change", (event) => { state[name] = event.target.value; hide(); draw(); });
-  }
-  find("#closer").addEventListener("click", () => zoom(0.6));
-  find("#farther").addEventListener("click", () => zoom(1 / 0.6));
-  find("#all").addEventListener("click", reset);
-  const keys = {
-    ArrowLeft: () => step(-1, 0), ArrowRight: () => step(1, 0), ArrowUp: () => step(0, -1), ArrowDown: () => step(0, 1),
-    "+": () => zoom(0.6), "=": () => zoom(0.6), "-": () => zoom(1 / 0.6), 0: reset, Escape: hide,
-  };
-  map.addEventListener("keydown", (event) => {
-    if (!(event.key in keys) || event.ctrlKey || event.metaKey) return;
-    event.preventDefault();
-    keys[event.key]();
-  });
-  map.addEventListener("blur", hide);
-}
-
-function hasWebGL() {
-  try { return Boolean(document.createElement("canvas").getContext("webgl")); } catch { return false; }
-}
-
-// Plotly reads text as a little HTML.
-function plain(text) {
-  return text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+  find("#colour").value = map.colour;
+  find("#colour").addEventListener("change", (event) => { map.colour = event.target.value; recolour(); });
+  find("#projection")?.addEventListener("change", (event) => { map.projection = event.target.value; map.all(); });
+  recolour();
 }
 
 function start() {
+  latentMap = new LatentMap(JSON.parse(find("#points").textContent), find("#latent-map"));
+  steer(latentMap);
+  explain(latentMap);
+  drawn.set(latentMap.place, () => latentMap.draw());
   const near = new IntersectionObserver((entries) => {
     for (const { isIntersecting, target } of entries) {
       if (!isIntersecting) continue;
       near.unobserve(target);
       drawChart(target);
     }
-  }, { rootMargin: "400px" });
+  }, { rootMargin: "800px" });
   for (const place of all(".plot")) near.observe(place);
   addEventListener("beforeprint", () => all(".plot").filter((place) => !drawn.has(place)).forEach(drawChart));
-  drawMap();
+  requestAnimationFrame(() => requestAnimationFrame(() => { root.dataset.ready = Math.round(performance.now()); }));
 }
 
 try { root.dataset.theme = localStorage.getItem("vae-flows-theme") ?? ""; } catch { /* as above */ }
 if (!root.dataset.theme) delete root.dataset.theme;
 showTheme();
+start();
