@@ -24,7 +24,7 @@ ASSETS = files("flows") / "assets"
 SIDE = 64  # pixels that an image's longer side has at most in the page
 SHOWN = 56  # pixels on the screen that a small image is enlarged to, about
 SPRITE = 8_000_000  # pixels of all the map's images together, which keeps them under 3 MB
-LOSSLESS = 32 * 32 * 640  # pixels of a grey sheet that is kept to the bit
+LOSSLESS = 700_000  # bytes of a sheet's pixels up to which it is kept to the bit
 LABELS = 20  # that the map tells apart; the rarer ones are shown as one
 SYMBOLS = ("circle", "diamond", "square")
 
@@ -84,21 +84,19 @@ class Page:
         """Images (N, C, H, W), or one (C, H, W), as the URI of one sheet of `columns`, by default a row."""
         images = shrink(images[None] if images.ndim == 3 else images, SIDE)
         page = tile(images, columns or len(images), gap)
-        page = page if gap else page[:, :, :-1]
-        exact = images.shape[1] == 1 and images.size <= LOSSLESS
-        return data_uri(webp(page, None if exact else 82))
+        return data_uri(page if gap else page[:, :, :-1])
 
     def strip(self, frames: np.ndarray) -> str:
         """The frames of a film in a row, each with a transparent column at its right: all are as wide."""
         page = np.pad(tile(shrink(frames, SIDE), len(frames), gap=1), ((0, 0), (0, 1), (0, 0)))
-        return data_uri(webp(page, None if page.shape[2] == 2 else 82))
+        return data_uri(page)
 
     def samples(self, samples: Samples) -> str:
         """The sheets of all temperatures side by side, as one."""
         sheets = [shrink(sheet, SIDE) for sheet in samples.sheets]
         tiled = [tile(sheet, math.isqrt(len(sheet)), gap=1) for sheet in sheets]
         tiled = [np.pad(sheet, ((0, 1), (0, 1), (0, 0))) for sheet in tiled]
-        return data_uri(webp(np.concatenate(tiled, axis=1), None if tiled[0].shape[2] == 2 else 82))
+        return data_uri(np.concatenate(tiled, axis=1))
 
     @cached_property
     def typical(self) -> tuple[float, float]:
@@ -152,7 +150,6 @@ class Page:
         side = math.isqrt(SPRITE // len(places))
         thumbs = shrink(self.sitter.shown.images[places], min(SIDE, side))
         columns = math.ceil(math.sqrt(len(places)))
-        exact = thumbs.shape[1] == 1 and thumbs.size <= LOSSLESS
         return {
             "ids": [self.sitter.shown.ids[place] for place in places],
             "label": [names.get(label, len(names)) for label in labels],
@@ -165,7 +162,7 @@ class Page:
                 for name, xy in self.shown.map.points.items()
             },
             "sprite": {
-                "uri": data_uri(webp(tile(thumbs, columns)[:, :, :-1], None if exact else 60)),
+                "uri": data_uri(tile(thumbs, columns)[:, :, :-1], quality=60),
                 "columns": columns,
                 "width": thumbs.shape[3],
                 "height": thumbs.shape[2],
@@ -173,8 +170,9 @@ class Page:
         }
 
 
-def data_uri(content: bytes) -> str:
-    """WebP bytes as a URI that holds them."""
+def data_uri(page: np.ndarray, quality: int = 82) -> str:
+    """A picture (H, W, C) as a URI that holds it, a large one at that quality."""
+    content = webp(page, None if page.size <= LOSSLESS else quality)
     return f"data:image/webp;base64,{base64.b64encode(content).decode()}"
 
 
