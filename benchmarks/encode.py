@@ -343,8 +343,8 @@ def table(report: dict[str, Any]) -> str:
 def tell(ratios: dict[str, float]) -> str:
     return (
         f"ours is {ratios['over_imagefolder']:.1f}x ImageFolder, {ratios['over_datasets']:.1f}x `datasets`, "
-        f"and {ratios['of_the_bound']:.2f} of what decoding and forward pass together allow "
-        f"({ratios['of_the_bound_kept']:.2f} when that forward pass has our setting of the allocator too)"
+        f"and {ratios['of_the_bound_kept']:.2f} of what decoding and forward pass together allow "
+        f"({ratios['of_the_bound']:.2f} where that forward pass runs without our setting of the allocator)"
     )
 
 
