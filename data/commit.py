@@ -129,18 +129,8 @@ def work_shard(plan: Plan, shard: Shard, make: Callable[[pa.Table], Made], sourc
 
     The stored part decides: whatever planned id it lacks is a reject, whoever wrote it.
     """
-    store, listed = plan.store, plan_rows(plan.store, shard)
-    made = None
-    if not store.exists(shard.part):
-        made = _carry(plan, shard, listed) if shard.carry else make(listed)
-        with spent("write"):
-            data = parquet_bytes(made.table)
-            if not store.put_if_absent(shard.part, data):
-                made = None
-    if made is None:
-        data = store.get(shard.part)
-        stored = parquet_table(data, ["id"], checksums=True)
-        made = Made(stored, _account(stored["id"], listed, make))
+    store = plan.store
+    made, data = _put_part(plan, shard, make)
     part = stored_file(shard.part, made.table.num_rows, data)
     told = _put_rejects(store, shard.reject_file, made.rejects, source)
     rejected = told.rows if told else 0
@@ -230,6 +220,20 @@ class Tally:
             f"{self._share:g}: {', '.join(named)}; see {self._plan.store.uri(folder)}, then mend them or "
             f"raise max_reject_share"
         )
+
+
+def _put_part(plan: Plan, shard: Shard, make: Callable[[pa.Table], Made]) -> tuple[Made, bytes]:
+    """The shard's part as it is stored: made and put here, or found there and accounted for."""
+    store, listed = plan.store, plan_rows(plan.store, shard)
+    if not store.exists(shard.part):
+        made = _carry(plan, shard, listed) if shard.carry else make(listed)
+        with spent("write"):
+            data = parquet_bytes(made.table)
+            if store.put_if_absent(shard.part, data):
+                return made, data
+    data = store.get(shard.part)
+    stored = parquet_table(data, ["id"], checksums=True)
+    return Made(stored, _account(stored["id"], listed, make)), data
 
 
 def _carry(plan: Plan, shard: Shard, listed: pa.Table) -> Made:

@@ -458,5 +458,6 @@ def test_a_commit_renames_nothing(tmp_path: Path) -> None:
     traced = ["strace", "-f", "-qq", "-o", str(calls), "-e", f"trace={RENAMES},link,linkat"]
     line = [*traced, sys.executable, "-c", code, str(folder), str(tmp_path / "out")]
     subprocess.run(line, check=True, cwd=Path(__file__).parents[1])
-    assert "link" in calls.read_text()
-    assert "rename" not in calls.read_text()
+    names = {line.split()[1].partition("(")[0] for line in calls.read_text().splitlines()}
+    assert names <= {"link", "linkat"}
+    assert names
