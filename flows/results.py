@@ -466,7 +466,7 @@ class Reported(Result):
 
 
 class Retrained(Result):
-    """Everything a retrain leaves behind."""
+    """Everything a retrain leaves behind; changed where any part of it is."""
 
     model_name: str
     version: str
@@ -480,6 +480,18 @@ class Retrained(Result):
     followed: list[Table]
     samples: Table | None
     report: Reported
+
+    def model_post_init(self, context: Any) -> None:
+        parts = (
+            self.ingested,
+            self.trained,
+            self.scores,
+            self.verdict,
+            self.latents,
+            self.samples,
+            self.report,
+        )
+        self.changed = any(part.changed for part in (*parts, *self.followed) if part)
 
     def summary(self) -> str:
         verdict = "is champion" if self.verdict.promoted else "stays challenger"

@@ -43,11 +43,6 @@ def retrain(config: Retrain) -> Retrained:
         if run.wants(verdict):
             run.log_json("gate.json", verdict.model_dump())
         result = Retrained(
-            changed=any(
-                part.changed
-                for part in (ingested, trained, scores, verdict, latents, samples, drawn, *followed)
-                if part
-            ),
             model_name=config.model_name,
             version=version,
             model_uri=model_uri,
