@@ -3,7 +3,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 RUN := .venv/bin/
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo env test test-slow check format table record bench pictures faults constraints
+.PHONY: demo env test test-slow check format table record bench pictures faults constraints hashes
 
 demo: env  ## fresh machine -> environment -> a registered champion, a latent table and samples
 	OMP_NUM_THREADS=2 $(RUN)vae-flows retrain
@@ -25,11 +25,12 @@ test: env  ## everything but what is marked slow
 test-slow: env  ## what takes longer than CI gives
 	$(RUN)pytest -q -m slow
 
-check: env  ## lint, format, types, the import rule
+check: env  ## lint, format, types, the import rule, known vulnerabilities
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
 	$(RUN)mypy
-	$(RUN)pytest -q tests/test_house.py
+	$(RUN)pytest -q tests/test_house.py tests/test_security.py
+	@.ci/audit $(UV)
 
 format: env
 	$(RUN)ruff check --fix .
@@ -63,6 +64,11 @@ bench: env  ## our encoding beside its peers and its limits
 
 faults: env  ## break what can break, keep count in benchmarks/results/faults.jsonl, write docs/reliability.md
 	$(RUN)python -m tests.faults --minutes $(MINUTES) --page
+
+hashes: $(filter .uv/%,$(UV))  ## dist/requirements.txt for a release: `uv pip install --require-hashes -r`
+	mkdir -p dist
+	$(UV) pip compile --quiet --universal --generate-hashes --no-header --no-annotate --no-emit-index-url \
+	    -c constraints.txt pyproject.toml -o dist/requirements.txt
 
 constraints: $(filter .uv/%,$(UV))  ## resolve anew, within pyproject.toml's bounds
 	$(UV) pip compile --quiet --upgrade --universal --no-header --no-annotate --no-emit-index-url \
