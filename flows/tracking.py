@@ -57,6 +57,8 @@ def tracked(config: Command) -> Iterator[Run]:
         yield run
     except Exception as error:
         run.fail(error)
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # a full disk says no more
+            raise OSError(error.errno, error.strerror, str(config.root)) from error
         raise
     except BaseException:  # Ctrl-C, SIGTERM: the same command goes on under the same run
         run.stop()

@@ -125,6 +125,7 @@ def recorded(root: Path, uri: str = "") -> dict[str, Any]:
     histories = {
         name: [metric.step for metric in client.get_metric_history(runs[0].info.run_id, name)]
         for name in sorted(runs[0].data.metrics)
+        if not name.startswith("time/")  # of a step that was killed nobody knows it
     }
     tables = {}
     for info in list_tables(str(root)):
@@ -186,7 +187,9 @@ def compared(root: Path, result: dict[str, Any], facts: dict[str, Any], uri: str
     extra_runs = len(here["runs"]) - len(facts["runs"])
     found += Found(0, lost=max(-extra_runs, 0), duplicate=max(extra_runs, 0))
     for name, steps in facts["histories"].items():
-        found += counted(here["histories"].get(name, []), steps)
+        found += counted(
+            [(name, step) for step in here["histories"].get(name, [])], [(name, step) for step in steps]
+        )
     for part in ("weights", "scores", "version"):
         found += unless(result[part] == facts[part], f"{part} differ: {result[part]} is not {facts[part]}")
     found += unless(set(here["runs"]) == {"FINISHED"}, f"runs are {here['runs']}")

@@ -184,11 +184,13 @@ def found_in_child(look: Callable[[], Found], log: Path) -> Found:
 
 def counted(found: list[Any], wanted: list[Any]) -> Found:
     """What is missing of the wanted, and what is there twice; anything unwanted breaks a promise."""
-    lost = len(set(wanted) - set(found))
+    lost = sorted(map(str, set(wanted) - set(found)))
     unwanted = sorted(map(str, set(found) - set(wanted)))
     duplicate = len(found) - len(set(found))
-    note = f"unwanted: {', '.join(unwanted[:3])}" if unwanted else ""
-    return Found(0, lost=lost, duplicate=duplicate, broken=len(unwanted), note=note)
+    told = [
+        f"{what}: {', '.join(some[:3])}" for what, some in (("lost", lost), ("unwanted", unwanted)) if some
+    ]
+    return Found(0, len(lost), duplicate, broken=len(unwanted), note="; ".join(told))
 
 
 def unless(holds: bool, note: str) -> Found:
