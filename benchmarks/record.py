@@ -63,19 +63,22 @@ SMALL = ladder(strides=(4, 7), hidden=(64, 256), levels=(1, 2), latents=(4, 32),
 DEEP = ladder(
     strides=(2, 2, 2, 4), hidden=(64, 128, 192, 256), levels=(0, 3, 3, 2), latents=(1, 8, 16, 32), blocks=2
 )
-ANNEALED = TrainConfig(
-    learning_rate_schedule="cosine", beta_schedule="warmup", ema_decay=0.999, gradient_skip=5.0
-)
-ON_CPU = replace(
-    ANNEALED,
+ANNEALED: dict[str, Any] = {
+    "learning_rate_schedule": "cosine",
+    "beta_schedule": "warmup",
+    "ema_decay": 0.999,
+    "gradient_skip": 5.0,
+}
+ON_CPU = TrainConfig(
+    **ANNEALED,
     epochs=50,
     batch_size=128,
     learning_rate=4e-3,
     learning_rate_warmup_epochs=0.5,
     warmup_epochs=5.0,
 )
-ON_GPU = replace(
-    ANNEALED,
+ON_GPU = TrainConfig(
+    **ANNEALED,
     epochs=400,
     batch_size=256,
     learning_rate=2e-3,
