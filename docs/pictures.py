@@ -17,17 +17,14 @@ PICTURES = Path(__file__).parent / "pictures"
 QUIET = ("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
 SIZE = {"width": 1200, "height": 800}
 
-# The point nearest to the middle of the map, where the card covers least, in pixels of the page.
-MIDDLE = """() => {
-  const canvas = document.querySelector('#latent-map .canvas');
-  const {xaxis, yaxis} = canvas._fullLayout;
-  const at = canvas.data.flatMap(t => t.customdata.map((_, i) =>
-    [xaxis.d2p(t.x[i]) + xaxis._offset, yaxis.d2p(t.y[i]) + yaxis._offset]));
-  const aim = [canvas.clientWidth * 0.55, canvas.clientHeight * 0.72];
-  const [x, y] = at.reduce((a, b) => Math.hypot(a[0] - aim[0], a[1] - aim[1]) < Math.hypot(b[0] - aim[0], b[1] - aim[1]) ? a : b);
-  const box = canvas.getBoundingClientRect();
+# The point nearest to where the card covers least, in pixels of the window.
+AIMED = """() => {
+  const map = latentMap;
+  const point = map.nearest(map.width * 0.55, map.height * 0.75, Infinity);
+  const box = map.place.getBoundingClientRect();
+  const [x, y] = map.pixel(point);
   return [box.x + x, box.y + y];
-}"""  # noqa: E501
+}"""
 
 
 def main(root: str, model: str) -> None:
@@ -36,6 +33,11 @@ def main(root: str, model: str) -> None:
     drawn = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     page = Path(drawn["page"])
     shutil.copy(page.parent / "figures" / "samples-prior.png", PICTURES / "fashion-mnist-samples.png")
+    photograph(page)
+
+
+def photograph(page: Path) -> None:
+    """The top of the page, and its map."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=list(QUIET))
         opened = browser.new_page(viewport=SIZE, color_scheme="light")  # type: ignore[arg-type]
@@ -49,8 +51,7 @@ def main(root: str, model: str) -> None:
 def photograph_map(page: Page) -> None:
     """The latent map with the image of a point."""
     page.evaluate("document.querySelector('#map').scrollIntoView()")
-    page.wait_for_timeout(500)
-    x, y = page.evaluate(MIDDLE)
+    x, y = page.evaluate(AIMED)
     page.mouse.move(x - 2, y - 2)
     page.mouse.move(x, y)
     page.locator("#latent-map .hover").wait_for(state="visible")
