@@ -505,7 +505,10 @@ def _over_preset(preset: Mapping[str, Any], values: Mapping[str, Any]) -> dict[s
                 section == "model"
                 and given.get("model", preset["model"]["model"]) != preset["model"]["model"]
             )
-            merged[section] = {**({} if other else preset[section]), **given}
+            own = {} if other else dict(preset[section])
+            if "epochs" in given:  # whoever says how many means it
+                own.pop("min_steps", None)
+            merged[section] = {**own, **given}
     return merged
 
 

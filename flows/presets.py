@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 # On Fashion-MNIST a rate that falls to zero ends better than a constant one; on the few digits it does not.
-ANNEALED = {"learning_rate_schedule": "cosine"}
+# It rises first, over a twentieth of the textbook's run: on 3,000 photographs of 64x64 pixels in colour the
+# posterior collapsed in the first ten steps of a full rate. And ten epochs of so few are too few steps.
+ANNEALED = {"learning_rate_schedule": "cosine", "learning_rate_warmup_epochs": 0.5, "min_steps": 1000}
 
 
 def textbook() -> dict[str, Any]:

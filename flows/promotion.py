@@ -23,6 +23,7 @@ from flows.results import Scores
 
 logger = logging.getLogger("vae_flows.promotion")
 Kind = Literal["promote", "rollback", "external"]
+EVEN_BITS = 8.0  # a dimension, of grey values that are all as likely
 
 
 class PromotionLostError(RuntimeError):
@@ -151,6 +152,9 @@ def unsound(scores: Scores) -> str | None:
         return f"the test score is {value}"
     if scores.scores.get("active_units", {}).get("value") == 0:
         return "collapsed: no latent dimension is active"
+    bits = scores.scores.get("bits_per_dim", {}).get("value", 0.0)
+    if bits >= EVEN_BITS:
+        return f"no better than guessing: {bits:.2f} bits/dim, and evenly drawn grey values cost {EVEN_BITS}"
     return None
 
 

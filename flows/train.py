@@ -75,7 +75,7 @@ def fit_model(config: Train, ingested: Ingested, job: str, run: Run) -> Trained:
             stop,
             before_save=run.flush,  # metrics of steps that will not be taken again must not be lost with us
             progress=lambda event: report_progress(event, run, advance),
-            watch=Watch(store, run, held, config.training.epochs),
+            watch=Watch(store, run, held, config.training.for_images(ingested.counts["train"]).epochs),
         )
     put_history(store, result)
     took = Took(seconds=time.monotonic() - started, share=1 - begun / result.steps)

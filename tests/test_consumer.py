@@ -64,7 +64,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = Run(Train(root=root))
     registry.register(run, root, "vae-digits", "job", root / "bundle", {})
     registry.set_champion("vae-digits", "1")
-    run.close("FINISHED")
+    run.finish()
     mlflow.set_tracking_uri(before)
     return root
 

@@ -29,8 +29,8 @@ IDS = [f"{index:03d}" for index in range(50)]
 NOISE = np.random.default_rng(0).normal(size=(2, 50))
 
 
-def scores(elbo: float, active: float = 5.0, job: str = "job", **protocol: Any) -> Scores:
-    values = {"elbo": elbo, "active_units": active}
+def scores(elbo: float, active: float = 5.0, bits: float = 3.0, job: str = "job", **protocol: Any) -> Scores:
+    values = {"elbo": elbo, "active_units": active, "bits_per_dim": bits}
     return Scores(
         job=job,
         model=f"models:/{NAME}/7",
@@ -56,6 +56,8 @@ def commit(root: Path, found: Scores, gain: float, spread: float) -> Scores:
         (scores(float("-inf")), scores(-99.0), False, "the test score is -inf"),
         (scores(-90.0, active=0.0), None, False, "collapsed"),
         (scores(-90.0, active=0.0), scores(-99.0), False, "collapsed"),
+        (scores(-90.0, bits=8.01), None, False, "no better than guessing: 8.01 bits/dim"),
+        (scores(-90.0, bits=7.99), None, True, "the first sound version"),
         (scores(-90.0, likelihood="gaussian"), scores(-99.0), False, "no contest: likelihood is 'gaussian'"),
         (scores(-90.0, binarize="sampled"), scores(-99.0), False, "no contest: binarize is 'sampled'"),
         (scores(-90.0, dataset="other"), scores(-99.0), False, "no contest: dataset"),
@@ -119,7 +121,7 @@ def register(root: Path, seed: int) -> str:
     run = Run(Train(root=root))
     tags = {"dataset_digest": "d", "evaluation": f"evaluation-{seed}"}
     found = registry.register(run, root, NAME, f"job-{seed}", bundle, tags)
-    run.close("FINISHED")
+    run.finish()
     return str(found.version)
 
 

@@ -154,7 +154,7 @@ def register(root: Path, seed: int) -> str:
     run = Run(Train(root=root))
     bundle = root / "jobs" / f"train-{seed}" / "bundle"
     found = registry.register(run, root, NAME, f"train-{seed}", bundle, {"dataset_digest": "d"})
-    run.close("FINISHED")
+    run.finish()
     job = plan_encode(
         open_store(root / "latents"),
         open_source("digits"),

@@ -235,7 +235,8 @@ class AutoencoderConfig(NetworkConfig):
 class TrainConfig(Config):
     """How to train, whatever the model.
 
-    batch_size in images, worked on in parts of micro_batch (0: whole, until memory does not suffice).
+    epochs: passes over the training images, more of them where the images are so few that there would be fewer
+    than min_steps steps. batch_size in images, worked on in parts of micro_batch (0: whole, until memory does not suffice).
     acceleration: on a GPU, 'graph' records a step and replays it; 'compile' is torch.compile, on any device.
     precision: 'float32', 'bfloat16' for matrix products alone, or 'auto' (bfloat16 on a GPU that has it).
     shuffle_mib: pixels shuffled at once, of a set that has more. flip, shift: augmentation, each image
@@ -258,6 +259,7 @@ class TrainConfig(Config):
     """
 
     epochs: int = 20
+    min_steps: int = 0
     batch_size: int = 128
     learning_rate: float = 2e-3
     learning_rate_schedule: Literal["constant", "cosine"] = "constant"
@@ -290,7 +292,7 @@ class TrainConfig(Config):
         counts = ("epochs", "batch_size", "samples", "cycles", "shuffle_mib", "log_every", "checkpoint_every")
         for name in counts:
             check_range(name, getattr(self, name), 1)
-        for name in ("micro_batch", "patience", "rollbacks"):
+        for name in ("min_steps", "micro_batch", "patience", "rollbacks"):
             check_range(name, getattr(self, name), 0)
         check_range("shift", self.shift, 0, 64)
         for name in ("beta", "warmup_epochs", "free_bits", "learning_rate_warmup_epochs"):
@@ -301,6 +303,24 @@ class TrainConfig(Config):
         check_range("learning_rate", self.learning_rate, 1e-12, 10)
         check_range("seed", self.seed, 0, 2**63 - 1)
         self._check_objective()
+
+    def for_images(self, count: int) -> TrainConfig:
+        """The configuration for so many images: with min_steps met by more epochs, warm-ups stretched alike.
+
+        >>> few = TrainConfig(epochs=2, min_steps=100, batch_size=64, learning_rate_warmup_epochs=0.5)
+        >>> few = few.for_images(640)
+        >>> few.epochs, few.min_steps, few.learning_rate_warmup_epochs
+        (10, 0, 2.5)
+        """
+        epochs = max(self.epochs, math.ceil(self.min_steps / math.ceil(count / self.batch_size)))
+        stretch = epochs / self.epochs
+        return dataclasses.replace(
+            self,
+            epochs=epochs,
+            min_steps=0,
+            warmup_epochs=self.warmup_epochs * stretch,
+            learning_rate_warmup_epochs=self.learning_rate_warmup_epochs * stretch,
+        )
 
     def _check_objective(self) -> None:
         """A setting that would silently do nothing is refused."""

@@ -130,6 +130,7 @@ def fit(
         raise ValueError("there are no training images")
     if train_config.patience and held_out is None:
         raise ValueError(f"patience={train_config.patience} needs validation images, and there are none")
+    train_config = train_config.for_images(sum(data.sizes))
     with Beside() as beside:
         run = _Run(model_config, train_config, data, held_out, torch.device(device), budget, initial)
         run.report = lambda line: beside.submit(progress, line)
