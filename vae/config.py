@@ -235,8 +235,8 @@ class AutoencoderConfig(NetworkConfig):
 class TrainConfig(Config):
     """How to train, whatever the model.
 
-    epochs: passes over the training images, more of them where the images are so few that there would be fewer
-    than min_steps steps. batch_size in images, worked on in parts of micro_batch (0: whole, until memory does not suffice).
+    epochs: passes over the training images; more of them, where the images are few, until min_steps steps are
+    taken. batch_size in images, worked on in parts of micro_batch (0: whole, until memory does not suffice).
     acceleration: on a GPU, 'graph' records a step and replays it; 'compile' is torch.compile, on any device.
     precision: 'float32', 'bfloat16' for matrix products alone, or 'auto' (bfloat16 on a GPU that has it).
     shuffle_mib: pixels shuffled at once, of a set that has more. flip, shift: augmentation, each image
