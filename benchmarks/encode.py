@@ -245,9 +245,11 @@ def decode_only(kind: str, folder: Path, out: Path) -> Callable[[], int]:
     def decode(data: bytes) -> Any:
         if kind == "small":
             return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
-        # Its fastest too: at half the size, as ours, and still at least twice the geometry.
-        half = Image.fromarray(simplejpeg.decode_jpeg(data, min_height=128, min_width=128))
-        return np.asarray(half.resize((64, 64), Image.Resampling.BILINEAR, box=(31, 0, 219, 188)))
+        # Its fastest too: at 3/8 of the size, still at least twice the geometry.
+        scaled = Image.fromarray(simplejpeg.decode_jpeg(data, min_height=128, min_width=128))
+        edge = (scaled.width - scaled.height) / 2
+        box = (edge, 0, scaled.width - edge, scaled.height)
+        return np.asarray(scaled.resize((64, 64), Image.Resampling.BILINEAR, box=box))
 
     return lambda: len([decode(path.read_bytes()).shape for path in files])
 
