@@ -125,8 +125,10 @@ def test_a_worker_takes_its_pool(server: str, kind: str, module: str) -> None:
     made.prepare_for_flow_run(FlowRun(flow_id=uuid4()))
     job = json.dumps(made.model_dump(), default=str)
     assert "{{" not in job, "every variable of the template has a value, or what it stands in is left out"
-    assert "prefect flow-run execute" in job
-    if kind != "process":
+    if kind == "process":
+        assert made.command == f"{sys.executable} -m prefect.engine"
+    else:
+        assert "prefect flow-run execute" in job
         assert '"image": "vae-flows"' in job
         assert "/var/lib/vae-flows" in job
 
