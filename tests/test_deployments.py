@@ -221,13 +221,13 @@ def test_an_event_starts_what_is_served_and_an_overlap_is_cancelled(server: str,
     assert os.environ["PREFECT_API_URL"] == server
     ingested = run_json("ingest", "--limit", 300, root=served / "elsewhere")
     assert ingested["changed"]
-    first = until(120, lambda: runs(server, "retrain"))[0]
-    until(120, lambda: runs(server, "retrain")[0]["state"]["type"] == "RUNNING")
+    first = until(300, lambda: runs(server, "retrain"))[0]
+    until(300, lambda: runs(server, "retrain")[0]["state"]["type"] == "RUNNING")
     ask(server, f"deployments/{retrain['id']}/create_flow_run", {})
     second = until(60, lambda: [r for r in runs(server, "retrain") if r["state_type"] == "CANCELLED"])[0]
     assert second["state"]["message"] == "Deployment concurrency limit reached."
     over = ("COMPLETED", "FAILED", "CRASHED")
-    until(300, lambda: runs(server, "retrain")[0]["state_type"] in over)
+    until(900, lambda: runs(server, "retrain")[0]["state_type"] in over)
     first = next(r for r in runs(server, "retrain") if r["id"] == first["id"])
     assert first["state_type"] == "COMPLETED", first["state"]["message"]
     assert first["id"] != second["id"]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -153,6 +154,12 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def stop_at_the_plan(process: subprocess.Popen[str]) -> None:
+    assert process.stderr is not None
+    assert any("images in 60 shards" in line for line in process.stderr)
+    process.send_signal(signal.SIGSTOP)
+
+
 def test_the_same_command_three_times_at_once_shares_a_job(
     bundle: Path, tmp_path: Path, expected: dict[str, np.ndarray], prefect_server: str
 ) -> None:
@@ -160,9 +167,8 @@ def test_the_same_command_three_times_at_once_shares_a_job(
     lines = [command(*encode, "--shard", f"{n}/3", "--json", root=tmp_path) for n in (1, 2, 3)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment()}
     commands = [subprocess.Popen(line, **pipes) for line in lines]
-    for process in commands:  # all of them begin at once: each waits where it knows the plan
-        assert any("images in 60 shards" in line for line in process.stderr)
-        process.send_signal(signal.SIGSTOP)
+    with ThreadPoolExecutor(3) as threads:  # all of them begin at once: each waits where it knows the plan
+        list(threads.map(stop_at_the_plan, commands))
     for process in commands:
         process.send_signal(signal.SIGCONT)
     tables = [json.loads(process.communicate()[0]) for process in commands]
