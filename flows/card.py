@@ -16,7 +16,7 @@ def card(dossier: Dossier) -> str:
     lines = [
         f"# {dossier.title}",
         f"**{decided}**: {why}.",
-        f"A `{model['model']}` model of {height} x {width} {'grey' if channels == 1 else 'RGB'} images, "
+        f"Model `{model['model']}` of {height} x {width} {'grey' if channels == 1 else 'RGB'} images, "
         f"{model['likelihood'].replace('_', ' ')} likelihood, latents of {_levels(dossier)} dimensions.",
         f"Trained on `{_code(made.source)}`, snapshot `{made.fingerprint}`: {made.rows:,} images ({counts}), "
         f"{told(made)}, {made.leaked:,} test images also in train.",

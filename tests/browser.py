@@ -42,6 +42,7 @@ class Opened:
 def opened(browser: Browser, file: Path, width: int, theme: str = "light") -> Iterator[Opened]:
     """The file from disk at that width, once its map is drawn."""
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)  # type: ignore[arg-type]
+    page.set_default_timeout(WAIT)
     found = Opened(page)
     page.on("console", lambda m: found.complaints.append(m.text) if m.type == "error" else None)
     page.on("pageerror", lambda error: found.complaints.append(str(error)))

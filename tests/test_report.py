@@ -279,7 +279,7 @@ def test_the_theme_switches_charts_included(browser: Browser, file: Path) -> Non
     ("settings", "present", "absent"),
     [
         ({"model": "autoencoder"}, "samples-posterior log-likelihood traversals", "samples-prior elbo kl"),
-        ({"model": "ladder"}, "samples-prior kl-levels kl-dimensions traversals", ""),
+        ({"model": "ladder"}, "samples-prior kl-levels kl-dimensions", ""),
         ({"model": "flat", "prior": "vamp", "latent_dim": 1}, "samples-prior map-pca", "kl-dimensions"),
     ],
 )
