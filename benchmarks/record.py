@@ -278,8 +278,8 @@ def write_page() -> None:
 def miniature(row: Row, splits: dict[str, Images]) -> tuple[Row, dict[str, Images]]:
     """The row with 256 training images, two epochs, 20 test images and K = 10."""
     cut = {
-        name: Images(part.pixels[:count], part.ids[:count], part.labels[:count])
-        for (name, part), count in zip(splits.items(), (256, 20), strict=True)
+        name: Images(splits[name].pixels[:count], splits[name].ids[:count], splits[name].labels[:count])
+        for name, count in (("train", 256), ("test", 20))
     }
     short = replace(row.train, epochs=2, batch_size=64, warmup_epochs=1.0, learning_rate_warmup_epochs=0.5)
     return replace(row, train=short, k=10), cut
