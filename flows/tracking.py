@@ -84,6 +84,7 @@ class Run:
         """Go on with the run of an earlier attempt at this command, if one was stopped on the way."""
         for run_id in _unfinished(self._config):
             if self._hold(run_id) and _reopen(run_id):
+                _describe(run_id, self._config)
                 self._id, self.resumed = run_id, True
                 return
 
@@ -100,9 +101,9 @@ class Run:
     def id(self) -> str:
         """The run's id; creates the run if nothing has been logged yet."""
         if self._id is None:
-            created = _create(self._config)
-            self._hold(created)
-            self._id = created
+            self._id = _create(self._config)
+            self._hold(self._id)
+            _describe(self._id, self._config)
             logger.info("mlflow: run %s", self._id)
         return self._id
 
@@ -265,9 +266,7 @@ def _reopen(run_id: str) -> bool:
 
 
 def _create(config: Command) -> str:
-    """A new run with its parameters; one whose creation was not answered is found again."""
-    from mlflow.entities import Param
-
+    """A new run; one whose creation was not answered is found again."""
     command, experiment, attempt = type(config).__name__.lower(), _experiment(config.root), uuid.uuid4().hex
     tags = {JOB_TAG: _job(config), ATTEMPT_TAG: attempt, **_flow_run()}
 
@@ -275,11 +274,16 @@ def _create(config: Command) -> str:
         found = _client().search_runs([experiment], f"tags.`{ATTEMPT_TAG}` = '{attempt}'")
         return found[0] if found else _client().create_run(experiment, tags=tags, run_name=command)
 
-    run = patiently(once)
+    return str(patiently(once).info.run_id)
+
+
+def _describe(run_id: str, config: Command) -> None:
+    """Log the configuration, again where the attempt that created the run may have died before it."""
+    from mlflow.entities import Param
+
     params = [Param(name, str(value)) for name, value in _flat(config.model_dump(mode="json")).items()]
-    client().log_batch(run.info.run_id, params=params)
-    client().log_text(run.info.run_id, to_toml(config.model_dump(mode="json")), CONFIG)
-    return str(run.info.run_id)
+    client().log_batch(run_id, params=params)
+    client().log_text(run_id, to_toml(config.model_dump(mode="json")), CONFIG)
 
 
 def _flow_run() -> dict[str, str]:

@@ -81,16 +81,12 @@ def commit_snapshot(folder: Path, root: Path) -> None:
 
 
 def commit_checkpoints(folder: Path, root: Path) -> None:
-    """Three, of which the oldest is removed, as `flows.train` does it."""
-    from flows.train import save_checkpoint
+    """Three, of which the oldest is removed."""
+    from flows.fitting import save_checkpoint
     from vae import checkpoint
 
-    class Unrecorded:
-        def flush(self) -> None:
-            """No run is on record here."""
-
     for step in (1, 2, 3):
-        save_checkpoint(open_store(root), step, checkpoint.pack({}, {"step": step}), Unrecorded())  # type: ignore[arg-type]
+        save_checkpoint(open_store(root), step, checkpoint.pack({}, {"step": step}))
 
 
 # -- what must hold afterwards
@@ -120,7 +116,7 @@ def snapshot_is_whole(folder: Path, root: Path) -> Found:
 
 
 def checkpoints_are_whole(folder: Path, root: Path) -> Found:
-    from flows.train import read_checkpoints
+    from flows.fitting import read_checkpoints
     from vae import checkpoint
 
     steps = [checkpoint.unpack(blob)[1]["step"] for blob in read_checkpoints(open_store(root))]
@@ -181,7 +177,7 @@ def stopped(name: str, fault: str, when: int, folder: Path, shared: Path) -> tup
     return replace(found, trials=int(met), note=found.note and f"{name} {fault} {when}: {found.note}"), met
 
 
-IMPORTS = ("tests.test_tables", "data.snapshot", "data.upkeep", "flows.train", "vae.checkpoint")
+IMPORTS = ("tests.test_tables", "data.snapshot", "data.upkeep", "flows.fitting", "vae.checkpoint")
 EXPERIMENTS = (
     Experiment(
         "SIGKILL at a system call",

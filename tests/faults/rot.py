@@ -99,7 +99,7 @@ def checkpoint_rot(seed: int, folder: Path, shared: Path) -> Found:
     import torch
 
     from data.store import open_store
-    from flows.train import read_checkpoints
+    from flows.fitting import read_checkpoints
     from vae.config import FlatConfig, TrainConfig
     from vae.train import fit
 
@@ -184,7 +184,7 @@ def mutated(seed: int, folder: Path, shared: Path) -> Found:
     return Found(trials=MUTATIONS) + unless(0 < decoded < MUTATIONS, f"{decoded} of {MUTATIONS} decoded")
 
 
-IMPORTS = ("tests.test_tables", "data.upkeep", "vae.train", "vae.bundle", "flows.train", "PIL.Image")
+IMPORTS = ("tests.test_tables", "data.upkeep", "vae.train", "vae.bundle", "flows.fitting", "PIL.Image")
 EXPERIMENTS = (
     Experiment(
         "a bit flipped in a table",
