@@ -53,8 +53,8 @@ def train(folder: str, kill_at: int | None = None, number: int = signal.SIGKILL)
 
 def killed(folder: Path, kill_at: int, number: int) -> int | None:
     """The exit code of a process of its own that trained until the signal came."""
-    context = multiprocessing.get_context("forkserver")  # of a process that has these modules and no threads
-    context.set_forkserver_preload([__name__])
+    context = multiprocessing.get_context("forkserver")  # a process with these modules and without threads
+    context.set_forkserver_preload(["data.store", "flows.fitting", "vae.checkpoint", "vae.train", "pytest"])
     process = context.Process(target=train, args=(str(folder), kill_at, number))
     process.start()
     process.join()

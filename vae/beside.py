@@ -24,7 +24,7 @@ class Beside:
     2
     """
 
-    def __init__(self, most: int = 16):
+    def __init__(self, most: int = 4):
         self.most = most
         self._pool = ThreadPoolExecutor(1, "beside")
         self._pending: deque[Future[None]] = deque()

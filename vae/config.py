@@ -383,7 +383,7 @@ class LadderConfig(ModelConfig):
 
     One entry a stage, finest first. strides: how many times smaller than the stage before (the image, for
     the first), rounding up; hidden: feature channels; levels: stochastic levels, 0 for features alone;
-    latents: latent channels of each of its levels. () chooses by geometry. blocks: gated residual blocks
+    latents: latent channels of each of its levels. () chooses by geometry. blocks: residual blocks
     before each level, on either path. overlap: a patch of the larger stage is made from the features of its
     neighbours too, not from its own alone.
 

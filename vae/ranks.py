@@ -7,6 +7,7 @@ draw and no figure beyond rounding.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -70,7 +71,12 @@ def here() -> Ranks:
 @contextmanager
 def group(device: torch.device) -> Iterator[Ranks]:
     """Join the group that torch's launcher describes in the environment: by NCCL on GPUs, else gloo."""
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, rank, world = next(dist.rendezvous("env://"))
+    # The launcher keeps its store when it begins lost ranks anew: without a name for each attempt,
+    # they would look for each other at the addresses of those that are gone.
+    attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world)
     try:
         yield here()
     finally:

@@ -1,0 +1,93 @@
+"""`vae-flows train --devices 2`: torch's launcher, two processes on the CPU, one of them lost on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pipeline import command, environment, run, run_json
+
+import vae
+
+SHORT = ("train", "--epochs", "6", "--checkpoint-every", "10", "--device", "cpu")
+TWO = (*SHORT, "--devices", "2")
+
+
+def ranks_of(parent: int) -> list[int]:
+    """The processes of `flows.rank` below a process; the launcher itself also has it in its command line."""
+    found, generation = [], [parent]
+    while generation:
+        children = [
+            int(child)
+            for pid in generation
+            for child in subprocess.run(
+                ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True
+            ).stdout.split()
+        ]
+        found += [
+            pid
+            for pid in children
+            if b"torch.distributed.run" not in cmdline(pid) and b"flows.rank" in cmdline(pid)
+        ]
+        generation = children
+    return found
+
+
+def is_rank(words: bytes) -> bool:
+    return b"flows.rank" in words and b"torch.distributed.run" not in words
+
+
+def cmdline(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
+def train_and_lose_a_rank(root: Path) -> str:
+    """The log of a training one of whose ranks is killed at its second checkpoint."""
+    process = subprocess.Popen(
+        command(*TWO, root=root),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=environment(),
+    )
+    assert process.stderr is not None
+    log, killed = "", False
+    for line in process.stderr:
+        log += line
+        if not killed and "train: checkpoint at step 20" in line:
+            os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
+            killed = True
+    assert process.wait() == 0, log
+    assert killed, log
+    return log
+
+
+@pytest.mark.slow
+def test_a_lost_rank_restarts_all_from_the_checkpoint(tmp_path: Path, prefect_server: str) -> None:
+    log = train_and_lose_a_rank(tmp_path / "lost")
+    assert "resuming from checkpoints/" in log
+    lost, whole, one = (
+        run_json(*arguments, root=tmp_path / name)
+        for arguments, name in ((TWO, "lost"), (TWO, "whole"), (SHORT, "one"))
+    )
+    assert lost["weights"] == whole["weights"]
+    assert close(whole, one)
+
+
+def close(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two results have the same weights but for rounding."""
+    ours, theirs = (vae.load(result["bundle"]).state_dict() for result in (first, second))
+    return all((ours[name] - theirs[name]).abs().max() < 1e-2 for name in ours)
+
+
+def test_more_devices_than_there_are_is_refused_before_any_work(tmp_path: Path) -> None:
+    refused = run("train", "--device", "cuda", "--devices", "99", root=tmp_path / "new", code=2)
+    assert "devices=99, but torch finds" in refused.stderr
+    assert not (tmp_path / "new").exists()
