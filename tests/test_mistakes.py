@@ -14,7 +14,7 @@ import torch
 from _pytest.outcomes import Failed
 from torch import Tensor
 
-from vae import evaluate, gaussian, likelihood, objective, pixels, train
+from vae import evaluate, gaussian, likelihood, objective, pixels, train, validation
 from vae.model import Inference
 
 Break = Callable[[pytest.MonkeyPatch], None]
@@ -32,7 +32,7 @@ def another_kl_weight_in_validation(patch: pytest.MonkeyPatch) -> None:
         now = objective.terms(inference, x)
         return objective.Terms(now.log_likelihood, 0.5 * now.kl)
 
-    patch.setattr(train, "terms", weighted)
+    patch.setattr(validation, "terms", weighted)
 
 
 def cross_entropy_on_grey_values(patch: pytest.MonkeyPatch) -> None:

@@ -237,6 +237,7 @@ class _Run:
                     self.advance(batch)
                     if self.step % self.config.checkpoint_every == 0 or self.finished:
                         good = self._save(save)
+                assert self.step % self.steps_per_epoch == 0, f"an epoch that ended after step {self.step}"
             except NonFiniteLoss as error:
                 self._roll_back(good, error)
 
