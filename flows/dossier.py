@@ -75,8 +75,7 @@ def open_dossier(config: Report) -> Dossier:
     scores = evaluate(narrow(Evaluate, config, model=model.uri, source=snapshot))
     verdict = read_verdict(config.root, model)
     rival = rival_of(model, verdict)
-    tags = registry.tags(model.name, model.version) if model.name else {}
-    home = tags.get(registry.JOB_TAG) or f"report-{digest(facts['weights'])}"
+    home = home_of(config.root, model, facts["weights"])
     return Dossier(
         root=config.root,
         model=model,
@@ -91,6 +90,15 @@ def open_dossier(config: Report) -> Dossier:
         history=read_history(job_store(config.root, home)),
         run=recorded(registry.run_of(model.name, model.version)) if model.name else None,
     )
+
+
+def home_of(root: Path, model: Located, weights: str) -> str:
+    """The job that trained a model, where it is known; else one of its reports' own."""
+    tags = registry.tags(model.name, model.version) if model.name else {}
+    folder = model.folder.resolve()
+    if folder == root.resolve() / "jobs" / folder.parent.name / "bundle":
+        return folder.parent.name
+    return tags.get(registry.JOB_TAG) or f"report-{digest(weights)}"
 
 
 def own_snapshot(root: Path, fingerprint: str, model: str) -> str:

@@ -291,7 +291,8 @@ def test_every_family_has_a_report(
     present: str,
     absent: str,
 ) -> None:
-    config = Train(root=tmp_path, source="digits", limit=200, model=settings, training={"epochs": 1})  # type: ignore[arg-type]
+    training = {"epochs": 30, "batch_size": 16}  # enough for some dimensions to become active
+    config = Train(root=tmp_path, source="digits", limit=200, model=settings, training=training)  # type: ignore[arg-type]
     trained = train(config)
     drawn = report(
         Report(root=tmp_path, model=str(trained.bundle), importance_samples=2, out=tmp_path / "page.html")
@@ -315,14 +316,15 @@ def test_a_model_from_elsewhere_needs_a_source(
 
 
 def test_prefect_shows_a_summary_tables_and_links(retrained: dict[str, Any], file: Path) -> None:
-    summary = Artifact.get("model-vae-hostile-1")
+    # _sync: the browser's driver has an event loop in this thread.
+    summary = Artifact.get("model-vae-hostile-1", _sync=True)
     assert summary is not None
     text = str(summary.data)
     assert f"[report]({file.as_uri()})" in text
     assert f"MLflow run {retrained['run_id']}" in text
     for kind in ("latents", "samples"):
         assert f"[{kind}]({Path(retrained[kind]['uri']).as_uri()}): {retrained[kind]['rows']:,} rows" in text
-    scores = Artifact.get("scores-vae-hostile-1")
+    scores = Artifact.get("scores-vae-hostile-1", _sync=True)
     assert scores is not None
     assert {row["name"] for row in json.loads(str(scores.data))} >= {
         "ELBO",
@@ -330,7 +332,7 @@ def test_prefect_shows_a_summary_tables_and_links(retrained: dict[str, Any], fil
         "NLL",
         "Bits/dim of the ELBO",
     }
-    link = Artifact.get("report-vae-hostile-1")
+    link = Artifact.get("report-vae-hostile-1", _sync=True)
     assert link is not None
     assert file.as_uri() in str(link.data)
 
