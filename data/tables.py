@@ -147,9 +147,7 @@ class EncodeJob:
         ]
         return pa.schema(fields, metadata={METADATA: json.dumps(self.metadata, sort_keys=True)})
 
-    def _table(
-        self, batches: list[tuple[pa.RecordBatch, list[bytes], np.ndarray]], block: _Block
-    ) -> pa.Table:
+    def _table(self, batches: list[Facts], block: _Block) -> pa.Table:
         pieces, hashes, sizes_of = zip(*batches, strict=True)
         rows, sizes = pa.Table.from_batches(pieces), np.concatenate(sizes_of)
         own = rows["split"].to_pylist()

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 
 SHORT = ("--epochs", "4", "--checkpoint-every", "10", "--importance-samples", "5", "--count", "16")
@@ -33,6 +34,17 @@ def run(*arguments: object, root: Path, code: int = 0) -> subprocess.CompletedPr
     done = subprocess.run(command(*arguments, root=root), capture_output=True, text=True, env=environment())
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+@contextmanager
+def registry_of(root: Path) -> Iterator[mlflow.MlflowClient]:
+    """MLflow of this process keeps its runs and models under the root, for the block alone."""
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
+    try:
+        yield mlflow.MlflowClient()
+    finally:
+        mlflow.set_tracking_uri(before)
 
 
 def run_json(*arguments: object, root: Path) -> dict[str, Any]:

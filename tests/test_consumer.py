@@ -13,12 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
-import mlflow
 import numpy as np
 import pytest
 from parts import need
 from PIL import Image
-from pipeline import run_json
+from pipeline import registry_of, run_json
 
 import vae
 from flows import registry
@@ -59,13 +58,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "bundle").mkdir()
     for name, content in to_files(model, {"decode": {}}).items():
         (root / "bundle" / name).write_bytes(content)
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
-    run = Run(Train(root=root))
-    registry.register(run, root, "vae-digits", "job", root / "bundle", {})
-    registry.set_champion("vae-digits", "1")
-    run.finish()
-    mlflow.set_tracking_uri(before)
+    with registry_of(root):
+        run = Run(Train(root=root))
+        registry.register(run, root, "vae-digits", "job", root / "bundle", {})
+        registry.set_champion("vae-digits", "1")
+        run.finish()
     return root
 
 

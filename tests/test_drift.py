@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from pipeline import run_json
+from pipeline import registry_of, run_json
 
 import vae
 from data.sources import open_source
@@ -152,14 +152,12 @@ def root(
 ) -> Iterator[Path]:
     """A root with a champion of 2,000 pictures."""
     root = tmp_path_factory.mktemp("drifting")
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
     source = write_idx(root / "clothes", clothes["train"][:2000])
     settings = {"model": {"hidden": (64,), "latent_dim": 4}, "training": {"epochs": 8}, "count": 4}
     config = Retrain(root=root, source=source, preset="mlp", importance_samples=2, **settings)
-    assert retrain(config).verdict.promoted
-    yield root
-    mlflow.set_tracking_uri(before)
+    with registry_of(root):
+        assert retrain(config).verdict.promoted
+        yield root
 
 
 def alarms_heard(server: str) -> list[dict[str, Any]]:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import pytest
+from pipeline import registry_of
 
 import vae
 from flows import promotion, registry
@@ -106,10 +106,8 @@ def test_paired_interval_is_students() -> None:
 
 @pytest.fixture
 def root(tmp_path: Path, prefect_server: str) -> Iterator[Path]:
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    yield tmp_path
-    mlflow.set_tracking_uri(before)
+    with registry_of(tmp_path):
+        yield tmp_path
 
 
 def register(root: Path, seed: int) -> str:

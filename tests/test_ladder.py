@@ -13,7 +13,7 @@ from torch import Tensor, distributions, nn
 from vae import gaussian
 from vae.config import LadderConfig, TrainConfig
 from vae.evaluate import evaluate
-from vae.ladder import LadderVAE, Level, Residual, Up, bounded, informative, kernel_for
+from vae.ladder import LadderVAE, Level, SeparableResidual, Up, bounded, informative, kernel_for
 from vae.likelihood import Likelihood, sum_pixels
 from vae.model import build
 from vae.objective import importance_bound, log_weights, terms
@@ -233,7 +233,7 @@ def test_a_bounded_log_variance_has_a_gradient_wherever_it_is():
 
 @pytest.mark.parametrize(("size", "reached"), [((7, 7), 9), ((7, 1), 3), ((1, 1), 1)])
 def test_a_block_reaches_the_neighbours_that_there_are(size: tuple[int, int], reached: int):
-    block = Residual(4, kernel_for(size)).double()
+    block = SeparableResidual(4, kernel_for(size)).double()
     x = normal(1, 4, *size, seed=2)
     changed = x.clone()
     changed[0, :, size[0] // 2, size[1] // 2] += 1.0

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from parts import need
 from PIL import Image
-from pipeline import command, environment, prefect_server_with_scheduler, until
+from pipeline import command, environment, prefect_server_with_scheduler, registry_of, until
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.sorting import FlowRunSort
 from sklearn.datasets import load_digits
@@ -145,9 +145,7 @@ def month(tmp_path: Path, request: pytest.FixtureRequest, inbox: tuple[str, list
     from prefect.blocks.notifications import CustomWebhookNotificationBlock
 
     made = Month(tmp_path, request.param, inbox[1])
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{made.root}/mlflow.db")
-    with prefect_server_with_scheduler(tmp_path):
+    with registry_of(made.root), prefect_server_with_scheduler(tmp_path):
         text = {"text": "{{subject}}: {{body}}"}
         CustomWebhookNotificationBlock(name="inbox", url=inbox[0], json_data=text).save("ops")
         bootstrap(Bootstrap(notify="custom-webhook/ops"))
@@ -156,7 +154,6 @@ def month(tmp_path: Path, request: pytest.FixtureRequest, inbox: tuple[str, list
         yield made
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 143, (tmp_path / "serve.log").read_text()
-    mlflow.set_tracking_uri(before)
 
 
 def serve(month: Month, folder: Path) -> subprocess.Popen[bytes]:

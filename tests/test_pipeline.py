@@ -17,7 +17,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from pipeline import SHORT, run, run_json
+from pipeline import SHORT, registry_of, run, run_json
 from sklearn.datasets import load_digits
 
 import vae
@@ -38,10 +38,8 @@ def retrained(root: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def client(root: Path, retrained: dict[str, Any]) -> Iterator[mlflow.MlflowClient]:
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
-    yield mlflow.MlflowClient()
-    mlflow.set_tracking_uri(before)
+    with registry_of(root) as client:
+        yield client
 
 
 def test_retrain_registers_a_champion(retrained: dict[str, Any], client: mlflow.MlflowClient) -> None:

@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-import mlflow
 import pytest
+from pipeline import registry_of
 from prefect import flow
 from prefect.artifacts import Artifact
 
@@ -62,16 +62,14 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_time_rate_and_where_it_went_are_metrics_of_the_run(tmp_path: Path) -> None:
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    with tracked(Ingest(root=tmp_path)) as run, progress("ingest", run) as advance:
-        advance(0, 10)
-        clock.add("read", 3.0)
-        clock.add("decode", 1.0)
-        time.sleep(0.05)
-        advance(10, 10)
-    found = mlflow.MlflowClient().get_run(run.id).data.metrics
-    mlflow.set_tracking_uri(before)
+    with registry_of(tmp_path) as client:
+        with tracked(Ingest(root=tmp_path)) as run, progress("ingest", run) as advance:
+            advance(0, 10)
+            clock.add("read", 3.0)
+            clock.add("decode", 1.0)
+            time.sleep(0.05)
+            advance(10, 10)
+        found = client.get_run(run.id).data.metrics
     assert found["time/ingest_share_read"] == pytest.approx(0.75)
     assert found["time/ingest_seconds"] >= 0.05
     assert 0 < found["time/ingest_per_second"] <= 200

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from browser import chromium, opened
 from PIL import Image
-from pipeline import SHORT, run, run_json
+from pipeline import SHORT, registry_of, run, run_json
 from playwright.sync_api import Browser, Page
 from prefect.artifacts import Artifact
 from sklearn.datasets import load_digits
@@ -64,10 +64,8 @@ def file(retrained: dict[str, Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def client(root: Path, retrained: dict[str, Any]) -> Iterator[mlflow.MlflowClient]:
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{root}/mlflow.db")
-    yield mlflow.MlflowClient()
-    mlflow.set_tracking_uri(before)
+    with registry_of(root) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")

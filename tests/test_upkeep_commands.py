@@ -6,10 +6,9 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-import mlflow
 import numpy as np
 import pytest
-from pipeline import until
+from pipeline import registry_of, until
 
 import vae
 from data.images import DecodePath
@@ -36,10 +35,8 @@ NAME = "kept"
 
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[Path]:
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    yield tmp_path
-    mlflow.set_tracking_uri(before)
+    with registry_of(tmp_path):
+        yield tmp_path
 
 
 @pytest.fixture

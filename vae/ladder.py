@@ -30,6 +30,7 @@ from vae.pixels import unit
 
 Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv2d)
 Size = tuple[int, int]
+LOGVAR_BOUND = 8.0
 Moments = tuple[Tensor, Tensor]  # mean and log-variance, (N, latents, H, W) each
 
 
@@ -48,7 +49,7 @@ def convolution(inputs: int, outputs: int, kernel: int) -> Pointwise | nn.Conv2d
 
 
 def bounded(logvar: Tensor) -> Tensor:
-    """A log-variance kept within -8 and 8, smoothly and with a gradient everywhere; near 0 it is itself.
+    """A log-variance kept within ±LOGVAR_BOUND, smoothly and with a gradient everywhere; near 0 it is itself.
 
     Two Gaussians that both move are unstable without: where the prior's variance runs ahead towards 0, the KL
     of a posterior beside it grows without limit within a few steps.
@@ -56,7 +57,7 @@ def bounded(logvar: Tensor) -> Tensor:
     >>> bounded(torch.tensor([0.0, 8.0, -800.0]))
     tensor([ 0.0000,  4.0000, -7.9208])
     """
-    return logvar / (1 + logvar.abs() / 8)
+    return logvar / (1 + logvar.abs() / LOGVAR_BOUND)
 
 
 def shrunk(layer: Layer) -> Layer:
@@ -68,7 +69,7 @@ def shrunk(layer: Layer) -> Layer:
     return layer
 
 
-class Residual(nn.Module):
+class SeparableResidual(nn.Module):
     """x + f(x), with f a convolution over neighbours, one a channel, between two over channels at a position.
 
     So a block costs little more than its two matrix products (Chollet 2017; in VAEs, Vahdat and Kautz 2020).
@@ -131,7 +132,7 @@ class Level(nn.Module):
         self.before = residuals(channels, kernel, blocks)
         self.prior = shrunk(Pointwise(channels, 2 * latents))
         self.seen = Pointwise(channels, channels)
-        self.posterior_block = Residual(channels, kernel)
+        self.posterior_block = SeparableResidual(channels, kernel)
         self.posterior = shrunk(Pointwise(channels, 2 * latents))
         self.drawn = Pointwise(latents, channels)
 
@@ -300,7 +301,7 @@ def sums(levels: Sequence[Tensor]) -> Tensor:
 
 def residuals(channels: int, kernel: int, count: int) -> nn.Sequential:
     """A row of residual blocks."""
-    return nn.Sequential(*(Residual(channels, kernel) for _ in range(count)))
+    return nn.Sequential(*(SeparableResidual(channels, kernel) for _ in range(count)))
 
 
 def stage_sizes(config: LadderConfig) -> list[Size]:
