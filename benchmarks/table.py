@@ -249,15 +249,16 @@ def search_table() -> str:
         chosen = found["chosen"][one["row"]] == one["change"] and one["seconds"] == longest[one["row"]]
         bold = "**" if chosen else ""
         change = ", ".join(f"{name} {setting}" for name, setting in one["change"].items())
-        value = "{:.2f} ± {:.2f}".format(*one["value"]) if one["value"] else "diverged"
+        value = ", ".join("{:.2f} ± {:.2f}".format(*one) if one else "diverged" for one in one["values"])
         lines.append(
             f"| {one['row']} | {bold}{change}{bold} | {one['seconds']:g} | {one['images_seen']:,} "
             f"| {one['score']} | {value} |"
         )
     places = sorted({f"{one['finished'][:10]} on {one['cpu']}" for one in found["candidates"]})
     foot = (
-        f"In nats, on {found['validation_images']:,} validation images of Fashion-MNIST, seed "
-        f"{found['seed']}; iw_bound with K = {found['k']}; one thread, {', and '.join(places)}."
+        f"In nats, on {found['validation_images']:,} validation images of Fashion-MNIST; of the pair that is "
+        "compared a value for each of two training seeds; images seen under the first; iw_bound with "
+        f"K = {found['k']}; one thread, {', and '.join(places)}."
     )
     return "\n".join([*lines, "", foot])
 

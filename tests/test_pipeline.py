@@ -167,20 +167,27 @@ def test_dry_run_of_encode_estimates(root: Path, retrained: dict[str, Any]) -> N
     assert 0.3 < planned["estimate"]["bytes"] / retrained["latents"]["bytes"] < 3
 
 
-def test_more_images_make_a_new_snapshot_and_version(tmp_path: Path, prefect_server: str) -> None:
+def test_more_images_make_a_new_version_that_starts_from_the_champion(
+    tmp_path: Path, prefect_server: str
+) -> None:
     images, root = tmp_path / "images", tmp_path / "root"
     write_digits(images, 300)
     size = ("--source", f"folder:{images}", "--height", 8, "--width", 8, "--channels", 1)
     # Long enough that the first version has not collapsed.
     training = ("--epochs", 40, "--batch-size", 32, "--importance-samples", 5, "--count", 4)
-    first = run_json("retrain", *size, *training, root=root)
+    warm = ("--warm-start", "models:/vae-images@champion")
+    first = run_json("retrain", *size, *training, *warm, root=root)
     write_digits(images, 400)
-    second = run_json("retrain", *size, *training, root=root)
+    second = run_json("retrain", *size, *training, *warm, root=root)
     assert first["verdict"]["promoted"], first["verdict"]["reason"]
     assert first["ingested"]["fingerprint"] != second["ingested"]["fingerprint"]
     assert (first["version"], second["version"]) == ("1", "2")
     assert second["latents"]["rows"] == 400
     assert "better than version 1's" in second["verdict"]["reason"]
+    assert first["trained"]["warm_start"] is None  # there was no champion to start from
+    start = second["trained"]["warm_start"]
+    assert start["model"] == "models:/vae-images/1"
+    assert 0 < start["images"] <= 40 * 300
 
 
 def write_digits(folder: Path, count: int) -> None:
