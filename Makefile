@@ -38,7 +38,7 @@ format: env
 
 FASHION_MNIST ?= /usr/share/datasets/fashion-mnist
 MNIST ?= package/data
-MINUTES ?= 1
+MINUTES ?= 2
 
 table: env $(MNIST)  ## train and score every model of the library; resumable; writes docs/models.md
 	$(RUN)python benchmarks/table.py --data fashion_mnist=$(FASHION_MNIST) mnist=$(MNIST) --minutes $(MINUTES)

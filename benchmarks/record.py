@@ -68,6 +68,7 @@ ANNEALED: dict[str, Any] = {
     "beta_schedule": "warmup",
     "ema_decay": 0.999,
     "gradient_skip": 5.0,
+    "gradient_clip": 2.0,
 }
 ON_CPU = TrainConfig(
     **ANNEALED,

@@ -38,23 +38,13 @@ def each(*changes: dict[str, Any], rates: Sequence[float]) -> list[dict[str, Any
     return [change | {"learning_rate": rate} for change in changes for rate in rates]
 
 
-NARROW: dict[str, Any] = {"hidden": (16, 128), "latents": (2, 32)}
 WIDE: dict[str, Any] = {"hidden": (32, 128), "latents": (4, 32)}
-FINER: dict[str, Any] = {
-    "strides": (2, 2, 7),
-    "hidden": (16, 32, 128),
-    "levels": (0, 1, 1),
-    "latents": (1, 4, 32),
-}
 CANDIDATES: dict[str, list[dict[str, Any]]] = {
     "mlp": each({}, rates=(1e-3, 2e-3, 4e-3)),
     "conv": each({}, rates=(6e-3, 9e-3, 14e-3, 20e-3))
     + each({"batch_size": 32}, rates=(9e-3,))
     + each({"hidden": (32, 64)}, rates=(6e-3,)),
-    "ladder": each(WIDE, rates=(3e-3, 4e-3, 6e-3))
-    + each(NARROW, rates=(4e-3,))
-    + each(WIDE | {"batch_size": 32}, rates=(3e-3,))
-    + each(FINER, rates=(4e-3,)),
+    "ladder": each(WIDE, rates=(4e-3, 6e-3, 9e-3)),
     "vamp": each({}, rates=(4e-3, 8e-3)),
     "iwae": each({}, rates=(6e-3, 14e-3)),
     "beta": each({}, rates=(9e-3, 14e-3)),

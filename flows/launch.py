@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import subprocess
@@ -14,10 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flows.config import Train, narrow, to_toml
 from flows.results import Ingested
+from flows.watch import Log
 
 if TYPE_CHECKING:
     from vae.progress import Progress
@@ -27,13 +29,16 @@ RESTARTS = 3  # of all ranks from the last checkpoint, when one is lost
 
 
 def train_on_ranks(
-    config: Train, ingested: Ingested, stop: Callable[[], bool], progress: Callable[[Progress], None]
+    config: Train,
+    ingested: Ingested,
+    stop: Callable[[], bool],
+    run: Log,
+    progress: Callable[[Progress], None],
 ) -> None:
     """Train on config.devices processes; returns when they have finished, with the last checkpoint committed.
 
     Raises Interrupted when asked to stop, after they have saved; RuntimeError when they can't go on.
     """
-    from vae.progress import Progress
     from vae.train import Interrupted
 
     with tempfile.TemporaryDirectory() as folder:
@@ -46,9 +51,7 @@ def train_on_ranks(
                 stopping = True
                 process.terminate()
             if line is not None:
-                event = Progress(**json.loads(line))
-                step = event.step
-                progress(event)
+                step = tell(json.loads(line), run, progress)
         if process.wait() and stopping:
             raise Interrupted(step)
         if process.returncode:
@@ -56,6 +59,21 @@ def train_on_ranks(
                 f"training on {config.devices} devices ended with exit code {process.returncode}, begun anew "
                 f"{RESTARTS} times at most: the log of its ranks above says why"
             )
+
+
+def tell(line: dict[str, Any], run: Log, progress: Callable[[Progress], None]) -> int:
+    """Log what a rank printed to the run; the step that it is of."""
+    from vae.progress import Progress
+
+    if "progress" in line:
+        event = Progress(**line["progress"])
+        progress(event)
+        return event.step
+    if "picture" in line:
+        run.log_image(line["picture"], base64.b64decode(line["png"]), line["step"])
+    else:
+        run.log_metrics(line["metrics"], line["step"])
+    return int(line["step"])
 
 
 def rank_settings(config: Train, ingested: Ingested) -> str:

@@ -11,8 +11,6 @@ import numpy as np
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from data.blocks import Split
-from data.snapshot import open_snapshot
 from data.store import Store
 from flows.config import Ingest, Train, narrow
 from flows.devices import gpu_slot, pick_device
@@ -24,7 +22,7 @@ from flows.progress import Advance, progress
 from flows.results import Ingested, Trained
 from flows.tracking import Run, tracked
 from flows.warm_start import pin_start, saved_by, validation_curve
-from flows.watch import Watch, put_history, read_history
+from flows.watch import Watch, held_out, put_history, read_history
 
 if TYPE_CHECKING:
     from vae.model import Model
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
     from vae.train import FitResult
 
 logger = logging.getLogger("vae_flows.train")
-KL_IMAGES = 1000  # validation images that the KL of each dimension is measured on
 
 
 @flow(name="train")
@@ -66,7 +63,7 @@ def fit_model(config: Train, ingested: Ingested, job: str, run: Run) -> Trained:
     started, begun = time.monotonic(), newest_checkpoint(store)
     with gpu_slot(device), stop_signal() as stop, progress("train") as advance:
         if config.devices > 1:
-            train_on_ranks(config, ingested, stop, lambda event: report_progress(event, run, advance))
+            train_on_ranks(config, ingested, stop, run, lambda event: report_progress(event, run, advance))
         result = fit_split(
             config,
             ingested,
@@ -87,16 +84,6 @@ class Took(NamedTuple):
 
     seconds: float
     share: float
-
-
-def held_out(ingested: Ingested) -> np.ndarray:
-    """Some validation images, or where there are none some of training."""
-    from vae.feed import first_images
-
-    snapshot = open_snapshot(ingested.snapshot)
-    return first_images(
-        Split(snapshot, "validation" if snapshot.counts.get("validation") else "train"), KL_IMAGES
-    )
 
 
 def newest_checkpoint(store: Store) -> int:

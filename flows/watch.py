@@ -6,15 +6,18 @@ that was not stopped.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from data.blocks import Split
+from data.snapshot import open_snapshot
 from data.store import Store, seal, unseal
 from flows.figures import grid
 from flows.jobs import put_record, read_record
-from flows.tracking import Run
+from flows.results import Ingested
 
 if TYPE_CHECKING:
     from vae.model import Model
@@ -26,11 +29,29 @@ LOOKS = 12  # epochs of a training, at most, whose pictures are logged
 WIDEST = 1024  # latent dimensions up to which the KL of each is kept for each epoch
 
 
+class Log(Protocol):
+    """A run, or what brings to one."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None: ...
+
+    def log_image(self, name: str, png: bytes, step: int) -> None: ...
+
+
+def held_out(ingested: Ingested) -> np.ndarray:
+    """Some validation images, or where there are none some of training."""
+    from vae.feed import first_images
+
+    snapshot = open_snapshot(ingested.snapshot)
+    return first_images(
+        Split(snapshot, "validation" if snapshot.counts.get("validation") else "train"), IMAGES
+    )
+
+
 class Watch:
     """What `fit` calls after each epoch, with the epoch, the step and the model."""
 
-    def __init__(self, store: Store, run: Run, images: np.ndarray, epochs: int):
-        self.store, self.run, self.images = store, run, images[:IMAGES]
+    def __init__(self, store: Store, run: Log, images: np.ndarray, epochs: int):
+        self.store, self.run, self.images = store, run, images
         self.looks = set(np.linspace(1, epochs, min(epochs, LOOKS)).round().astype(int).tolist())
 
     def __call__(self, epoch: int, step: int, model: Model) -> None:

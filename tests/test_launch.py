@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline import command, environment, run, run_json
+from pipeline import command, environment, registry_of, run, run_json
 
 import vae
+from flows.jobs import job_store
+from flows.watch import read_history
 
 SHORT = ("train", "--epochs", "6", "--checkpoint-every", "10", "--device", "cpu")
 TWO = (*SHORT, "--devices", "2")
@@ -35,10 +37,6 @@ def ranks_of(parent: int) -> list[int]:
         ]
         generation = children
     return found
-
-
-def is_rank(words: bytes) -> bool:
-    return b"flows.rank" in words and b"torch.distributed.run" not in words
 
 
 def cmdline(pid: int) -> bytes:
@@ -79,6 +77,19 @@ def test_a_lost_rank_restarts_all_from_the_checkpoint(tmp_path: Path, prefect_se
     )
     assert lost["weights"] == whole["weights"]
     assert close(whole, one)
+    watched = [epochs(tmp_path / name, whole["job"]) for name in ("lost", "whole")]
+    assert [epoch["step"] for epoch in watched[1]] == [45, 90, 135, 180, 225, 270]
+    assert watched[0] == watched[1]
+    with registry_of(tmp_path / "whole") as client:
+        active = client.get_metric_history(whole["run_id"], "validation/active_units")
+        pictures = {file.path.split("%")[0] for file in client.list_artifacts(whole["run_id"], "images")}
+    assert [metric.value for metric in active] == [epoch["active_units"] for epoch in watched[1]]
+    assert pictures == {"images/reconstructions", "images/samples"}
+
+
+def epochs(root: Path, job: str) -> list[dict[str, Any]]:
+    """What was watched after each epoch of a training."""
+    return read_history(job_store(root, job))["epochs"]
 
 
 def close(first: dict[str, Any], second: dict[str, Any]) -> bool:

@@ -54,17 +54,37 @@ def test_without_a_bad_gradient_it_is_adam_to_the_bit() -> None:
 
 
 def test_gradients_that_stay_large_are_followed_in_the_end() -> None:
-    guard = Guard(10.0, torch.device("cpu"))
+    guard = Guard(10.0, 0.0, torch.device("cpu"))
     norms = [1.0] * 200 + [1000.0] * 100
-    left_out = [guard.leave_out(torch.tensor(norm)).item() for norm in norms]
+    left_out = [guard.judge(torch.tensor(norm))[0].item() for norm in norms]
     assert sum(left_out[:200]) == 0
     assert 20 < sum(left_out) < 80
     assert left_out[-1] == 0
 
 
 def test_a_first_gradient_that_is_no_number_leaves_no_trace() -> None:
-    guard = Guard(10.0, torch.device("cpu"))
-    assert [guard.leave_out(torch.tensor(n)).item() for n in (math.nan, math.inf, 1.0, 11.0)] == [1, 1, 0, 1]
+    guard = Guard(10.0, 0.0, torch.device("cpu"))
+    assert [guard.judge(torch.tensor(n))[0].item() for n in (math.nan, math.inf, 1.0, 11.0)] == [1, 1, 0, 1]
+
+
+def test_a_long_gradient_is_followed_as_one_of_its_limit() -> None:
+    clipped, short = model(), model()
+    config = TrainConfig(gradient_clip=2.0)
+    first, second = Optimizer(clipped, config), Optimizer(short, TrainConfig())
+    assert follow(first, clipped, [1.0, 1.0, 6.0]) == [0.0] * 3
+    follow(second, short, [1.0, 1.0])
+    second.zero_grad()
+    (2.0 * short(torch.ones(2, 3)).sum()).backward()
+    usual = first.guard.state  # of what was counted: 1, 1 and the limit of about 2
+    assert usual[0] / usual[1] < 1.4 * gradient_norm(model())
+    second.step(1e-3, 2)
+    torch.testing.assert_close(weights(clipped), weights(short), rtol=1e-3, atol=1e-6)
+
+
+def gradient_norm(network: nn.Module) -> float:
+    """Of the first step that `follow` takes at scale 1."""
+    network(torch.ones(2, 3)).sum().backward()
+    return nn.utils.get_total_norm([p.grad for p in network.parameters()]).item()
 
 
 def test_averaged_weights_are_lent_then_kept() -> None:

@@ -244,7 +244,7 @@ class TrainConfig(Config):
     learning_rate is Adam's, held ('constant') or taken to zero along half a cosine ('cosine', Loshchilov &
     Hutter 2017) by learning_rate_schedule, after a linear rise over the first learning_rate_warmup_epochs.
     A step whose gradient's norm is not finite, or above gradient_skip times its running average, is left
-    out (0: none is). ema_decay, if not 0: the decay a step of the weights' moving average, which is then
+    out; one above gradient_clip times it is shortened to that (0: none is). ema_decay, if not 0: the decay a step of the weights' moving average, which is then
     what is validated and kept. The loss is the negative ELBO with
     - beta: the KL's final weight (Higgins et al. 2017), reached by beta_schedule: 'constant',
       'warmup' (linear over the first warmup_epochs) or 'cyclic' (Fu et al. 2019: `cycles` ramps);
@@ -265,6 +265,7 @@ class TrainConfig(Config):
     learning_rate_schedule: Literal["constant", "cosine"] = "constant"
     learning_rate_warmup_epochs: float = 0.0
     gradient_skip: float = 20.0
+    gradient_clip: float = 0.0
     ema_decay: float = 0.0
     micro_batch: int = 0
     acceleration: Literal["none", "graph", "compile"] = "none"
@@ -298,8 +299,9 @@ class TrainConfig(Config):
         for name in ("beta", "warmup_epochs", "free_bits", "learning_rate_warmup_epochs"):
             check_range(name, getattr(self, name), 0, 1e6)
         check_range("ema_decay", self.ema_decay, 0, 0.99999)
-        if self.gradient_skip != 0:
-            check_range("gradient_skip (0 for none)", self.gradient_skip, 1)
+        for name in ("gradient_skip", "gradient_clip"):
+            if getattr(self, name) != 0:
+                check_range(f"{name} (0 for none)", getattr(self, name), 1)
         check_range("learning_rate", self.learning_rate, 1e-12, 10)
         check_range("seed", self.seed, 0, 2**63 - 1)
         self._check_objective()

@@ -38,35 +38,39 @@ def learning_rate_at(config: TrainConfig, step: int, steps: int) -> float:
 
 
 class Guard:
-    """Says which gradients are not to be followed, by their norms so far.
+    """Says which gradients are not to be followed, and which are to be shortened, by their norms so far.
 
-    Left out is a norm that is not finite, or above `factor` times the running average. A norm that was left
-    out counts in that average as the limit it passed: so should gradients have become larger for good, the
-    average grows until they are followed again. With factor 0 nothing is left out.
+    Left out is a norm that is not finite, or above `skip` times the running average; shortened is one above
+    `clip` times it, to that length. In the average a longer norm counts as the lower of these limits: should
+    gradients have become larger for good, it grows until they are followed again. With 0 there is no limit.
 
     state holds (sum, weight), whose ratio is the average; skipped how many were left out.
     """
 
-    def __init__(self, factor: float, device: torch.device):
-        self.factor = factor
+    def __init__(self, skip: float, clip: float, device: torch.device):
+        self.skip, self.clip = skip, clip
         self.state = torch.zeros(2, device=device)
         self.skipped = torch.zeros((), device=device)
 
     @torch.no_grad()
-    def leave_out(self, norm: Tensor) -> Tensor:
-        """1.0 where a step of this gradient norm must be left out, else 0.0, on the norm's device.
+    def judge(self, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """(1.0 where a step of this gradient norm must be left out, else 0.0; what to divide it by).
 
-        >>> guard = Guard(10.0, torch.device("cpu"))
-        >>> [guard.leave_out(torch.tensor(n)).item() for n in (1.0, 3.0, 90.0, 2.0, math.nan)]
-        [0.0, 0.0, 1.0, 0.0, 1.0]
+        Both are on the norm's device.
+
+        >>> guard = Guard(10.0, 2.0, torch.device("cpu"))
+        >>> [tuple(round(x.item()) for x in guard.judge(torch.tensor(n))) for n in (1.0, 4.0, 90.0, math.nan)]
+        [(0, 1), (0, 2), (1, 30), (1, 1)]
         """
-        limit = self.factor * self.state[0] / self.state[1]  # NaN, which nothing exceeds, before the first
+        usual = self.state[0] / self.state[1]  # NaN, which nothing exceeds, before the first
         finite = norm.isfinite()
-        left_out = (~finite | (norm > limit)).float()
-        seen = torch.stack([torch.fmin(norm, limit), torch.ones_like(norm)])
+        left_out = (~finite | (norm > (self.skip or math.inf) * usual)).float()
+        divisor = torch.fmax(norm / ((self.clip or math.inf) * usual), torch.ones_like(norm))
+        counted = torch.fmin(norm, min(self.clip or math.inf, self.skip or math.inf) * usual)
+        seen = torch.stack([counted, torch.ones_like(norm)])
         self.state.lerp_(torch.where(finite, seen, self.state), NORM_MEMORY)
         self.skipped += left_out
-        return left_out
+        return left_out, divisor
 
 
 class Optimizer:
@@ -81,7 +85,7 @@ class Optimizer:
         device = self.parameters[0].device
         on_gpu = device.type == "cuda"  # where its steps may be recorded
         self.adam = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True, capturable=on_gpu)
-        self.guard = Guard(config.gradient_skip, device)
+        self.guard = Guard(config.gradient_skip, config.gradient_clip, device)
         self.decay = config.ema_decay
         self.averages = [p.detach().clone() for p in self.parameters] if self.decay else []
 
@@ -98,10 +102,12 @@ class Optimizer:
     def follow(self, rate: float | Tensor) -> Tensor:
         """The step alone; a rate on the device may change between replays of a recorded step."""
         left_out = torch.zeros((), device=self.guard.state.device)
-        if self.guard.factor:
+        if self.guard.skip or self.guard.clip:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-            left_out = self.guard.leave_out(norm)
+            left_out, divisor = self.guard.judge(norm)
             self.adam.found_inf = left_out  # type: ignore[attr-defined]  # what the fused kernel asks
+            if self.guard.clip:
+                self.adam.grad_scale = divisor  # type: ignore[attr-defined]  # what it divides by
         self.adam.param_groups[0]["lr"] = rate
         self.adam.step()
         return left_out
