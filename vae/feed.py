@@ -145,7 +145,7 @@ class Feed:
         logger.info("train: %d images of %.1f MiB, %s", self.count, mib, place)
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch (from 0), from number `first`."""
+        """The batches of an epoch (from 0), from number `first`; each is good until the next is asked for."""
         size, per_window = self.batch_size, self.rows // self.batch_size
         skipped, inside = divmod(first, per_window)
         found = windows(self.seed, epoch, self.blocks.sizes, self.rows, skipped)
@@ -178,17 +178,29 @@ class Feed:
             yield Batch(self.resident, self._index(pieces)[order].to(self.device))
 
     def _streamed(self, found: Iterator[tuple[list[Piece], Tensor]]) -> Iterator[Batch]:
-        """Each window's images on the host, shuffled; the next one is read while this one is used."""
+        """Each window's images on the host, shuffled; the next one is read while this one is used.
+
+        Two buffers serve them in turn: memory that is taken anew for each window falls into pieces.
+        """
+        buffers = itertools.cycle([self._buffer(), self._buffer()])
         with ThreadPoolExecutor(1, "feed") as pool:
-            ahead = [pool.submit(self._load, *window) for window in itertools.islice(found, 1)]
+            ahead = [pool.submit(self._load, next(buffers), *window) for window in itertools.islice(found, 1)]
             while ahead:
                 current = ahead.pop().result()
-                ahead = [pool.submit(self._load, *window) for window in itertools.islice(found, 1)]
+                if self.device.type == "cuda":
+                    torch.cuda.current_stream().synchronize()  # copies out of the buffer that is filled next
+                ahead = [
+                    pool.submit(self._load, next(buffers), *window) for window in itertools.islice(found, 1)
+                ]
                 yield current
 
-    def _load(self, pieces: list[Piece], order: Tensor) -> Batch:
-        pinned = self.device.type == "cuda"
-        images = torch.empty((len(order), *self.shape), dtype=torch.uint8, pin_memory=pinned)
+    def _buffer(self) -> Tensor:
+        """Room for a window's images, pinned where they go to a GPU."""
+        rows = min(self.rows, self.count)
+        return torch.empty((rows, *self.shape), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+    def _load(self, buffer: Tensor, pieces: list[Piece], order: Tensor) -> Batch:
+        images = buffer[: len(order)]
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order))  # where each row of the pieces goes
         done = 0

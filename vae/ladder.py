@@ -31,6 +31,7 @@ from vae.pixels import unit
 Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv2d)
 Size = tuple[int, int]
 LOGVAR_BOUND = 8.0
+WIDER = 1.0  # the most by which a posterior's log-variance exceeds its prior's
 Moments = tuple[Tensor, Tensor]  # mean and log-variance, (N, latents, H, W) each
 
 
@@ -48,16 +49,16 @@ def convolution(inputs: int, outputs: int, kernel: int) -> Pointwise | nn.Conv2d
     return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
 
 
-def bounded(logvar: Tensor) -> Tensor:
-    """A log-variance kept within ±LOGVAR_BOUND, smoothly and with a gradient everywhere; near 0 it is itself.
+def bounded(logvar: Tensor, above: float = LOGVAR_BOUND) -> Tensor:
+    """A log-variance kept above -LOGVAR_BOUND and below `above`; smooth, with a gradient everywhere.
 
     Two Gaussians that both move are unstable without: where the prior's variance runs ahead towards 0, the KL
-    of a posterior beside it grows without limit within a few steps.
+    of a posterior beside it grows without limit within a few steps. Near 0 it is itself.
 
     >>> bounded(torch.tensor([0.0, 8.0, -800.0]))
     tensor([ 0.0000,  4.0000, -7.9208])
     """
-    return logvar / (1 + logvar.abs() / LOGVAR_BOUND)
+    return logvar / (1 + logvar.clamp(min=0) / above - logvar.clamp(max=0) / LOGVAR_BOUND)
 
 
 def shrunk(layer: Layer) -> Layer:
@@ -142,9 +143,13 @@ class Level(nn.Module):
         return mean, bounded(logvar)
 
     def q(self, h: Tensor, seen: Tensor, prior: Moments) -> Moments:
-        """Mean and log-variance of q(z_l|z_<l, x), as a change to the prior's (Vahdat and Kautz 2020)."""
+        """Mean and log-variance of q(z_l|z_<l, x), as a change to the prior's (Vahdat and Kautz 2020).
+
+        An image tells something, so its posterior is narrower. One that a network in motion makes many times
+        wider draws a z that nothing below has seen, and the gradients of that end trainings.
+        """
         mean, logvar = self.posterior(self.posterior_block(h + self.seen(seen))).chunk(2, 1)
-        return prior[0] + mean, prior[1] + bounded(logvar)
+        return prior[0] + mean, prior[1] + bounded(logvar, above=WIDER)
 
 
 class BottomUp(nn.Module):
