@@ -29,7 +29,7 @@ from vae.random import permutation
 VALIDATION = 5000
 SEED = 0  # of the split and of the scores
 K = 20
-SEEDS = {row: (0, 1) for row in PAIR}  # of training; of the other rows 0 alone
+SEEDS = dict.fromkeys(PAIR, (0, 1))  # of training; of the other rows 0 alone
 SCORE = {"autoencoder": "log_likelihood", "iwae": "iw_bound"}  # of the others, the ELBO
 
 
