@@ -244,8 +244,9 @@ class TrainConfig(Config):
     learning_rate is Adam's, held ('constant') or taken to zero along half a cosine ('cosine', Loshchilov &
     Hutter 2017) by learning_rate_schedule, after a linear rise over the first learning_rate_warmup_epochs.
     A step whose gradient's norm is not finite, or above gradient_skip times its running average, is left
-    out; one above gradient_clip times it is shortened to that (0: none is). ema_decay, if not 0: the decay a step of the weights' moving average, which is then
-    what is validated and kept. The loss is the negative ELBO with
+    out; one above gradient_clip times it is shortened to that (0: none is). ema_decay, if not 0: the decay a
+    step of the weights' moving average, which is then what is validated and kept. The loss is the negative
+    ELBO with
     - beta: the KL's final weight (Higgins et al. 2017), reached by beta_schedule: 'constant',
       'warmup' (linear over the first warmup_epochs) or 'cyclic' (Fu et al. 2019: `cycles` ramps);
     - free_bits: nats that each latent level may use at no cost (Kingma et al. 2016);
