@@ -85,9 +85,8 @@ BASE = {
     "ladder": Row(
         "ladder",
         LadderConfig(**SHAPE, **BINARY, **LADDER),
-        replace(
-            TUNED, beta_schedule="warmup", warmup_epochs=3.0, gradient_clip=2.0
-        ),  # of 20: 15 % of the time
+        # A warm-up of 3 epochs of 20 is 15 % of the time.
+        replace(TUNED, beta_schedule="warmup", warmup_epochs=3.0, gradient_clip=2.0),
     ),
 }
 CHOSEN: dict[str, dict[str, Any]] = json.loads(CHOICES.read_text())["chosen"] if CHOICES.exists() else {}

@@ -63,7 +63,7 @@ class Ingested(Result):
             f"snapshot {self.snapshot}",
             f"  {self.rows:,} images ({counts}), {_geometry(self.geometry)}",
         ]
-        lines.append(f"  {told(self)}, {self.duplicates:,} duplicates")
+        lines.append(f"  {told(self)}, {_duplicates(self.duplicates)}")
         return _state(self) + "\n".join(lines)
 
 
@@ -150,7 +150,7 @@ class Table(Result):
 
     def summary(self) -> str:
         lines = [f"{self.rows:,} rows in {self.uri}", f"  made by {self.model}"]
-        equal = "" if self.duplicates is None else f", {self.duplicates:,} duplicates"
+        equal = "" if self.duplicates is None else f", {_duplicates(self.duplicates)}"
         return _state(self) + "\n".join([*lines, f"  {told(self)}{equal}", self.read()])
 
     def read(self) -> str:
@@ -526,13 +526,17 @@ def _line(table: dict[str, Any]) -> str:
     """A table in one line."""
     state = "" if table["snapshot"] else ", none complete yet"
     state = ", a newer snapshot is unfinished" if table["snapshot"] and table["unfinished"] else state
-    equal = "" if table["duplicates"] is None else f", {table['duplicates']:,} duplicates"
+    equal = "" if table["duplicates"] is None else f", {_duplicates(table['duplicates'])}"
     size = f"{table['rows']:,} rows, {table['rejected']:,} rejected{equal}, {table['bytes']:,} bytes"
     return f"{table['uri']}: {table['kind']}, snapshot {table['snapshot']}, {size}{state}"
 
 
 def _state(result: Result) -> str:
     return "" if result.changed else "nothing to do: all of this was there already\n"
+
+
+def _duplicates(count: int) -> str:
+    return f"{count:,} duplicate{'' if count == 1 else 's'}"
 
 
 def _geometry(geometry: tuple[int, int, int]) -> str:
