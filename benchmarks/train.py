@@ -381,33 +381,42 @@ def add(run: dict[str, Any]) -> None:
 def table(runs: list[dict[str, Any]]) -> str:
     """Medians over the rounds, ratios of ours to each, the goals, and the ELBO after equal epochs."""
     lines = [
-        "| model | variant | rounds | images/s | per CPU-s | ours is (CPU) | goal | peak MiB | test ELBO |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model | threads | variant | rounds | images/s | per CPU-s | ours is (images/s) | (CPU) | goal "
+        "| peak MiB | test ELBO |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for model in MODELS:
-        speeds = {variant: _speeds(runs, model, variant) for variant in VARIANTS}
-        for variant, (count, wall, cpu, peak) in speeds.items():
-            if not count:
-                continue
-            mine = speeds["ours"][2]
-            ratio = "" if variant == "ours" or not mine else f"{mine / cpu:.2f} x"
-            goal = GOALS[model].get(variant)
-            scored = [r for r in runs if r["model"] == model and r["variant"] == variant and "elbo" in r]
-            elbo = f"{scored[-1]['elbo']:.2f} ± {scored[-1]['error']:.2f}" if scored else ""
-            lines.append(
-                f"| {model} | {variant} | {count} | {wall:,.0f} | {cpu:,.0f} | {ratio} | {goal or ''} "
-                f"| {peak:,.0f} | {elbo} |"
-            )
+        for threads in sorted({run["threads"] for run in runs}):
+            mine = [run for run in runs if (run["model"], run["threads"]) == (model, threads)]
+            lines += [
+                _line(model, threads, variant, mine) for variant in VARIANTS if _timed_runs(mine, variant)
+            ]
     return "\n".join(lines)
 
 
-def _speeds(runs: list[dict[str, Any]], model: str, variant: str) -> tuple[int, float, float, float]:
-    mine = [r for r in runs if r["model"] == model and r["variant"] == variant and "elbo" not in r]
-    if not mine:
-        return 0, 0.0, 0.0, 0.0
-    wall = statistics.median(r["images"] / r["seconds"] for r in mine)
-    cpu = statistics.median(r["images"] / r["cpu_seconds"] for r in mine)
-    return len(mine), wall, cpu, statistics.median(r["peak_mib"] for r in mine)
+def _line(model: str, threads: int, variant: str, runs: list[dict[str, Any]]) -> str:
+    wall, cpu, peak = _speeds(runs, variant)
+    ratios = ["", ""]
+    if variant != "ours" and _timed_runs(runs, "ours"):
+        ours = _speeds(runs, "ours")
+        ratios = [f"{ours[0] / wall:.2f} x", f"{ours[1] / cpu:.2f} x"]
+    scored = [run for run in runs if run["variant"] == variant and "elbo" in run]
+    elbo = f"{scored[-1]['elbo']:.2f} ± {scored[-1]['error']:.2f}" if scored else ""
+    cells = [model, threads, variant, len(_timed_runs(runs, variant)), f"{wall:,.0f}", f"{cpu:,.0f}", *ratios]
+    cells += [GOALS[model].get(variant, ""), f"{peak:,.0f}", elbo]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _timed_runs(runs: list[dict[str, Any]], variant: str) -> list[dict[str, Any]]:
+    return [run for run in runs if run["variant"] == variant and "elbo" not in run]
+
+
+def _speeds(runs: list[dict[str, Any]], variant: str) -> tuple[float, float, float]:
+    """Medians: images a second, images a CPU-second, peak MiB."""
+    timed = _timed_runs(runs, variant)
+    wall = statistics.median(run["images"] / run["seconds"] for run in timed)
+    cpu = statistics.median(run["images"] / run["cpu_seconds"] for run in timed)
+    return wall, cpu, statistics.median(run["peak_mib"] for run in timed)
 
 
 def variants(options: argparse.Namespace) -> list[str]:
@@ -426,7 +435,8 @@ def main() -> None:
             for model in options.models:
                 for variant in variants(options):
                     kind = [r for r in read() if ("elbo" in r) == options.elbo]
-                    if any((r["model"], r["variant"], r["round"]) == (model, variant, number) for r in kind):
+                    asked = (model, variant, number, int(os.environ.get("OMP_NUM_THREADS", 0)))
+                    if any((r["model"], r["variant"], r["round"], r["threads"]) == asked for r in kind):
                         continue
                     if (run := measure(options, model, variant, number)) is not None:
                         add(run)
