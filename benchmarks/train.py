@@ -430,12 +430,13 @@ def main() -> None:
     if options.one:
         Path(options.out).write_text(json.dumps(one(options)))
         return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not options.table:
         for number in range(1, options.rounds + 1):
             for model in options.models:
                 for variant in variants(options):
                     kind = [r for r in read() if ("elbo" in r) == options.elbo]
-                    asked = (model, variant, number, int(os.environ.get("OMP_NUM_THREADS", 0)))
+                    asked = (model, variant, number, int(os.environ["OMP_NUM_THREADS"]))
                     if any((r["model"], r["variant"], r["round"], r["threads"]) == asked for r in kind):
                         continue
                     if (run := measure(options, model, variant, number)) is not None:
