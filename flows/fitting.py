@@ -120,9 +120,10 @@ def read_checkpoints(store: Store) -> Iterator[bytes]:
 
 
 def remove_checkpoints(store: Store) -> None:
-    """The job is done: its checkpoints have served."""
-    for entry in list(store.entries("checkpoints")):
-        store.delete(entry.path)
+    """The job is done: its checkpoints have served, and those that a kill left half-written are nobody's."""
+    checkpoints = store.child("checkpoints")
+    for entry in [*checkpoints.entries(), *checkpoints.leftovers()]:
+        checkpoints.delete(entry.path)
 
 
 @contextmanager

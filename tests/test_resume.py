@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.store import open_store
-from flows.fitting import read_checkpoints, save_checkpoint, stop_signal
+from data.store import TEMPORARY, open_store
+from flows.fitting import read_checkpoints, remove_checkpoints, save_checkpoint, stop_signal
 from vae import checkpoint
 from vae.config import FlatConfig, TrainConfig
 from vae.train import FitResult, fit
@@ -63,7 +63,7 @@ def killed(folder: Path, kill_at: int, number: int) -> int | None:
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the last checkpoint."""
-    (last,) = (path for path in (folder / "checkpoints").iterdir() if int(path.stem) == STEPS)
+    last = folder / f"checkpoints/{STEPS:010d}.safetensors"
     return checkpoint.unpack(last.read_bytes())[0]
 
 
@@ -92,3 +92,11 @@ def test_killed_and_begun_again_it_is_the_same_run(
     assert after.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(after[name], tensor), name
+
+
+def test_what_a_kill_left_half_written_goes_with_the_checkpoints(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    save_checkpoint(store, 1, b"whole")
+    (tmp_path / f"checkpoints/.0000000002.safetensors.0123456789ab{TEMPORARY}").write_bytes(b"half")
+    remove_checkpoints(store)
+    assert list(tmp_path.glob("checkpoints/*")) == []
