@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import re
 import tempfile
 import threading
 import uuid
@@ -236,7 +237,8 @@ class _AtMlflow:
         from PIL import Image
 
         arrived = _client().list_artifacts(self.run_id, "images")
-        if not any(file.path.startswith(f"images/{name}%step%{step}%") for file in arrived):
+        mine = re.compile(rf"images/{re.escape(name)}[+%]step[+%]{step}[+%]")  # as MLflow names them, and did
+        if not any(mine.match(file.path) for file in arrived):
             _client().log_image(self.run_id, Image.open(io.BytesIO(png)), key=name, step=step)
 
     def last_step(self, metric: str) -> int:

@@ -82,7 +82,7 @@ def test_a_lost_rank_restarts_all_from_the_checkpoint(tmp_path: Path, prefect_se
     assert watched[0] == watched[1]
     with registry_of(tmp_path / "whole") as client:
         active = client.get_metric_history(whole["run_id"], "validation/active_units")
-        pictures = {file.path.split("%")[0] for file in client.list_artifacts(whole["run_id"], "images")}
+        pictures = {file.path.split("+")[0] for file in client.list_artifacts(whole["run_id"], "images")}
     assert [metric.value for metric in active] == [epoch["active_units"] for epoch in watched[1]]
     assert pictures == {"images/reconstructions", "images/samples"}
 

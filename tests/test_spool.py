@@ -6,11 +6,15 @@ import json
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import requests
 from mlflow.entities import Metric
+from pipeline import registry_of
 
+from flows.figures import grid
 from flows.spool import MlflowAwayError, Spool, patiently
+from flows.tracking import _AtMlflow
 
 
 class Run:
@@ -119,3 +123,14 @@ def test_patience_ends_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(MlflowAwayError, match=r"for 0\.01 s \(no route to http://\*\*\*@host/api\)"):
         patiently(call)
+
+
+def test_a_picture_whose_arrival_was_not_answered_is_there_once(tmp_path: Path) -> None:
+    png = grid(np.zeros((1, 1, 8, 8), np.uint8), columns=1)
+    with registry_of(tmp_path) as client:
+        experiment = client.create_experiment("pictures", (tmp_path / "artifacts").as_uri())
+        run = client.create_run(experiment).info.run_id
+        for step in (1, 1, 11):
+            _AtMlflow(run, new=True).picture("drawn", step, png)
+        paths = [file.path for file in client.list_artifacts(run, "images")]
+    assert len([path for path in paths if path.endswith(".png")]) == 2
