@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flows.dossier import Dossier
-from flows.jobs import job_store
-from flows.results import Scores
+from flows.jobs import job_store, read_record
+from flows.results import Scores, Trained
 
 PROGRAMS = ("vae-flows", "torch", "numpy", "mlflow", "prefect", "plotly")
 STAGES = ("ingest", "train", "evaluate", "encode", "sample")
@@ -136,6 +136,13 @@ def stages(dossier: Dossier) -> list[dict[str, str]]:
     return found
 
 
+def warm_start(dossier: Dossier) -> str:
+    """The model that training started from, and what that saved; '' where it started from scratch."""
+    trained = read_record(job_store(dossier.root, dossier.home), "trained.json")
+    start = Trained(**trained).warm_start if trained else None
+    return str(start) if start else ""
+
+
 def verdict(dossier: Dossier) -> tuple[str, str]:
     """(promoted, kept back or not judged; why) in a word and a line."""
     if dossier.verdict is None:
@@ -175,6 +182,7 @@ def context(dossier: Dossier) -> dict[str, Any]:
         "headlines": headlines(dossier),
         "scores": rows(dossier),
         "stages": stages(dossier),
+        "warm_start": warm_start(dossier),
         "commands": commands(dossier),
         "versions": {name: version(name) for name in PROGRAMS},
     }
