@@ -41,7 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "conv": {"network": "conv", "hidden": (32, 64, 128)},
 }
 IMAGES = {"mlp": 19_200, "conv": 2_560}  # trained on in a timed epoch, of which there are
-EPOCHS = {"mlp": 2, "conv": 1}
+EPOCHS = {"mlp": 5, "conv": 4}
 ELBO_EPOCHS = {"mlp": 2, "conv": 1}
 ELBO_IMAGES = {"mlp": 60_000, "conv": 15_000}
 VARIANTS = ("examples", "pythae", "ours", "limit", "bare")
