@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from pipeline import command, environment, run, run_json
+from sockets import beyond_loopback
 
 import vae
 
@@ -61,6 +62,8 @@ def train_and_lose_a_rank(root: Path) -> str:
     log, killed = "", False
     for line in process.stderr:
         log += line
+        if "train: checkpoint" in line:  # the ranks have met
+            assert beyond_loopback(process.pid) == set()
         if not killed and "train: checkpoint at step 20" in line:
             os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
             killed = True
