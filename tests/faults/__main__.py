@@ -34,7 +34,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="vae-flows-faults-") as folder:
         runner = Runner(ledger, Path(folder))
         for one, seed in due(options, ledger, able):
-            runner.run(one, seed)
+            runner.run(one, seed, one.few if options.quick else {})
             if not options.quick and time.monotonic() > end:
                 break
     print(table(ledger, chosen))
@@ -89,8 +89,8 @@ class Runner:
         self.batches = 0
         self.prepared: dict[object, Path] = {}
 
-    def run(self, one: Experiment, seed: int) -> None:
-        """One batch, into the ledger."""
+    def run(self, one: Experiment, seed: int, size: dict[str, int]) -> None:
+        """One batch, into the ledger; of this size, where it is not its own."""
         for name in one.imports:
             importlib.import_module(name)
         shared = self._prepare(one)
@@ -99,7 +99,7 @@ class Runner:
         folder.mkdir()
         try:
             ended = in_child(
-                lambda: vars(one.batch(seed, folder, shared)), folder / "log", deadline=one.deadline
+                lambda: vars(one.batch(seed, folder, shared, **size)), folder / "log", deadline=one.deadline
             )
             found = _found(ended)
         except TimeoutError as error:

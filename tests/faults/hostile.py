@@ -160,7 +160,7 @@ def archives(canary: Path) -> Iterator[tuple[str, Files]]:
 Commands = Callable[[Path, str], dict[str, Callable[[], object]]]
 
 
-def batch(commands: Commands, seed: int, folder: Path, shared: Path) -> Found:
+def batch(commands: Commands, seed: int, folder: Path, shared: Path, most: int = AT_ONCE) -> Found:
     """A few of the artifacts, each through every one of the commands."""
     (bundle,) = (shared / "undisturbed/jobs").glob("train-*/bundle")
     good = {path.name: path.read_bytes() for path in bundle.iterdir()}
@@ -168,7 +168,7 @@ def batch(commands: Commands, seed: int, folder: Path, shared: Path) -> Found:
     (folder / "images").write_text(f"snapshot:{snapshot}")
     found = Found(0)
     count = len(list(artifacts(good, folder / "canary")))
-    for index in range(AT_ONCE):
+    for index in range(most):
         place = folder / f"{index}"
         name, files = list(artifacts(good, place / "canary"))[(seed * AT_ONCE + index) % count]
         shutil.copytree(shared / "empty", place / "root")
@@ -270,6 +270,7 @@ EXPERIMENTS = (
         "nothing else written.",
         goal=60,
         batch=partial(batch, reading),
+        few={"most": 2},
         prepare=bodies.prepare,
         imports=IMPORTS,
     ),
@@ -278,6 +279,7 @@ EXPERIMENTS = (
         "Refused in a line, or drawn from its data; nothing of it is executed.",
         goal=60,
         batch=partial(batch, reporting),
+        few={"most": 2},
         prepare=bodies.prepare,
         imports=(*IMPORTS, "flows.report"),
     ),

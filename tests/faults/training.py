@@ -55,12 +55,12 @@ def diverging(rng: np.random.Generator) -> tuple[Any, Any]:
     return model, training
 
 
-def non_finite(seed: int, folder: Path, shared: Path) -> Found:
+def non_finite(seed: int, folder: Path, shared: Path, count: int = TRAININGS) -> Found:
     """Trainings that overflow: nothing of it is saved; back to a checkpoint and slower, or a clear end."""
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (64, 1, 8, 8), np.uint8)
     spoilt = int(rng.integers(TRAININGS))  # this one begins with weights that overflow at once
-    return sum((overflowed(*diverging(rng), images, n == spoilt) for n in range(TRAININGS)), Found(0))
+    return sum((overflowed(*diverging(rng), images, n == spoilt) for n in range(count)), Found(0))
 
 
 def overflowed(model: Any, training: Any, images: np.ndarray, spoilt: bool) -> Found:
@@ -258,6 +258,7 @@ EXPERIMENTS = (
         "training of that rate; after the set number of times a clear failure.",
         goal=200,
         batch=non_finite,
+        few={"count": 2},
         imports=IMPORTS,
     ),
     Experiment(
