@@ -17,6 +17,7 @@ from tests.faults import bodies
 from tests.faults.trials import Experiment, Found, found_in_child, in_child, unless
 
 TRAININGS = 4  # a batch
+TRIES = 4  # at a limit of memory that is met, each with less of it
 SMALLEST, WHOLE = 2, 32  # images at once, where memory is least and where it is enough
 # mallopt's M_ARENA_MAX and M_MMAP_THRESHOLD: what is reserved is in use, and what is freed given back
 PLAIN_HEAP = ((-8, 1), (-3, 1 << 16))
@@ -199,50 +200,61 @@ def out_of_memory(seed: int, folder: Path, shared: Path) -> Found:
     """An address space too small for a whole batch: smaller parts, and the weights that these give."""
     rng = np.random.default_rng(seed)
     low, high = (
-        in_child(lambda size=size: trained(folder, seed, size)["bytes"], folder / "log").given()
+        in_child(lambda size=size: trained(seed, size)["bytes"], folder / "log").given()
         for size in (SMALLEST, WHOLE)
     )
-    room = int(low + rng.uniform(0.1, 0.7) * (high - low))
-    ended = in_child(lambda: trained(folder, seed, 0, room), folder / "log")
+    share = rng.uniform(0.2, 0.7)
+    for _ in range(TRIES):  # a library may have mapped what it can do without
+        room = int(low + share * (high - low))
+        ended = in_child(lambda room=room: trained(seed, 0, room), folder / "log")
+        if ended.code or ended.value["parts"][-1] < WHOLE:
+            break
+        share /= 2
     if ended.code:
         return Found(broken=1, note=f"with {room >> 20} MB of {high >> 20}: {ended.code}, {ended.value}")
     parts = ended.value["parts"]
-    expected = in_child(lambda: from_smaller(folder, seed, parts), folder / "log").given()
+    expected = in_child(lambda: in_parts(seed, parts), folder / "log").given()
     halved = int(np.log2(WHOLE / parts[-1]))
     same = unless(ended.value["weights"] == expected, f"parts of {parts}: other weights than of these parts")
     return Found(halved) + same + unless(parts[-1] < WHOLE, f"{room >> 20} MB of {high >> 20} sufficed")
 
 
-def trained(folder: Path, seed: int, micro_batch: int, room: int = 0) -> dict[str, Any]:
-    """Train in so many bytes beside those in use: the parts at each step, the weights, the bytes taken."""
-    from vae import checkpoint
+def trained(seed: int, micro_batch: int, room: int = 0) -> dict[str, Any]:
+    """Train in so many bytes beside those in use: the parts of each step, the weights, the bytes taken."""
     from vae.train import fit
 
     for setting in PLAIN_HEAP:
         ctypes.CDLL(None).mallopt(*setting)
-    before, parts = _mapped("VmSize"), []
+    before, said, told = _mapped("VmSize"), listen(), []
     if room:
         resource.setrlimit(resource.RLIMIT_AS, (before + room, before + room))
-
-    def save(step: int, blob: bytes) -> None:
-        (folder / f"{step}").write_bytes(blob)
-        parts.append(checkpoint.unpack(blob)[1]["micro_batch"])
-
-    ended = fit(*configurations(seed, micro_batch), save=save)
+    model, training, images = configurations(seed, micro_batch)
+    # No checkpoint is made beside a step: its memory would be at stake as well.
+    training = dataclasses.replace(training, checkpoint_every=99)
+    # `stop` is asked before each step, and told how often parts had been halved by then.
+    ended = fit(model, training, images, stop=lambda: bool(told.append(len(said))))
+    halved = [int(line.rpartition(" ")[2]) for line in said]
+    parts = [[WHOLE, *halved][count] for count in [*told[1:], len(said)]]
     return {"parts": parts, "weights": _weights(ended.model), "bytes": _mapped("VmPeak") - before}
 
 
-def from_smaller(folder: Path, seed: int, parts: list[int]) -> str:
-    """The weights of a training with the last size of parts from the step on that had it first."""
+def in_parts(seed: int, parts: list[int]) -> str:
+    """The weights of a training whose steps are told their parts, from the start or from a checkpoint."""
     from vae import checkpoint
     from vae.train import fit
 
-    step, candidates = parts.index(parts[-1]), []
-    model, training, images = configurations(seed, 0 if step else parts[-1])
-    if step:
-        tensors, facts = checkpoint.unpack((folder / f"{step}").read_bytes())
-        candidates = [checkpoint.pack(tensors, facts | {"micro_batch": parts[-1]})]
-    return _weights(fit(model, training, images, restore=lambda: iter(candidates)).model)
+    blobs: Blobs = {}
+    for step in [n for n, size in enumerate(parts) if n == 0 or size != parts[n - 1]]:
+        model, training, images = configurations(seed, 0 if step else parts[0])
+        candidates = []
+        if step:
+            tensors, facts = checkpoint.unpack(blobs[step])
+            facts["run"]["train"]["micro_batch"] = 0
+            candidates = [checkpoint.pack(tensors, facts | {"micro_batch": parts[step]})]
+        ended = fit(
+            model, training, images, restore=lambda found=candidates: iter(found), save=blobs.__setitem__
+        )
+    return _weights(ended.model)
 
 
 def _mapped(which: str) -> int:
