@@ -12,7 +12,7 @@ env: .venv/.ready  ## the environment, at the versions of constraints.txt
 
 .venv/.ready: pyproject.toml constraints.txt $(filter .uv/%,$(UV))
 	$(UV) venv --quiet --allow-existing .venv
-	$(UV) pip install --quiet --compile-bytecode --python .venv -c constraints.txt -e '.[torchvision,onnx,ray]' --group dev
+	$(UV) pip install --quiet --compile-bytecode --python .venv -c constraints.txt -e '.[torchvision,onnx,ray,signing]' --group dev
 	touch $@
 
 .uv/bin/uv:

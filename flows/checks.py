@@ -22,6 +22,7 @@ from flows.config import (
     Registered,
     Rollback,
     Serve,
+    Sign,
     Tables,
     Train,
     WithModel,
@@ -74,6 +75,13 @@ def _devices(config: Train) -> None:
         raise ValueError(
             f"devices={config.devices}, but torch finds {found} GPUs: use fewer, or --device cpu"
         )
+
+
+def _registered(config: Sign) -> None:
+    from flows.registry import locate
+
+    _registry(config, config.model)
+    locate(config.model, verified=False)
 
 
 def _new_folder(config: Pull) -> None:
@@ -153,6 +161,7 @@ CHECKS: tuple[tuple[Any, Callable[[Any], None]], ...] = (
     (Command, _root),
     (Images, _source),
     (Pull, _new_folder),
+    (Sign, _registered),
     (WithModel | Pull, _model),
     (Train, _devices),
     (Train, _warm_start),

@@ -50,6 +50,7 @@ COMMANDS = {
     "clean": ("Clean", "remove old checkpoints, challengers and their tables; --dry-run shows them"),
     "doctor": ("Doctor", "check devices, servers, credentials and versions, and say what to do"),
     "pull": ("Pull", "a model's bundle from the registry to a folder"),
+    "sign": ("Sign", "sign a registered version, for whoever has your public key"),
     "export": ("Export", "a model as torch.export programs and ONNX, to a folder"),
     "show": ("Show", "some rows of a table, with thumbnails of their images"),
     "nearest": ("Nearest", "the images whose latents lie closest to one"),

@@ -20,7 +20,7 @@ from flows.environment import make_root, prepare
 # Commands that are no flow.
 DRAWING = {"reconstruct", "interpolate", "edit", "show", "nearest"}
 KEEPING = {"serve", "bootstrap", "clean", "doctor"}
-TOOLS = {"pull", "export", "lineage", "tables", *DRAWING, *KEEPING}
+TOOLS = {"pull", "sign", "export", "lineage", "tables", *DRAWING, *KEEPING}
 INTERRUPTED, TERMINATED = 130, 143  # a shell's exit codes for SIGINT and SIGTERM
 
 

@@ -276,6 +276,25 @@ class Pull(Command):
     directory: Path = Field(description="a new folder for the bundle", json_schema_extra=ARGUMENT)
 
 
+class Sign(Command):
+    """Sign a registered version, so that who has the public key can tell that it is yours, and unaltered."""
+
+    writes: ClassVar[bool] = False
+
+    model: str = Field(
+        description="models:/NAME/VERSION or models:/NAME@champion", json_schema_extra=ARGUMENT
+    )
+    key: Path = Field(description="file of an elliptic-curve private key, PEM without a password")
+
+    @model_validator(mode="after")
+    def _has_key(self) -> Self:
+        if not self.model.startswith("models:/"):
+            raise ValueError(f"model {self.model!r} is not models:/NAME/VERSION: a signature is kept there")
+        if not self.key.is_file():
+            raise ValueError(f"no key in {str(self.key)!r}")
+        return self
+
+
 class Report(Scoring, WithModel):
     """Draw what a model has learned as one HTML page, with its figures."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from prefect import flow, task
@@ -21,6 +21,9 @@ from flows.progress import progress
 from flows.registry import Located, locate
 from flows.results import Ingested, Scores, number
 from flows.tracking import Run, tracked
+
+if TYPE_CHECKING:
+    from vae.evaluate import Evaluation
 
 logger = logging.getLogger("vae_flows.evaluate")
 
@@ -56,7 +59,7 @@ def _log(run: Run, scores: Scores) -> None:
 
 @task(cache_policy=NO_CACHE)
 def score(config: Evaluate, model: Located, ingested: Ingested, job: str, run: Run) -> Scores:
-    """Score every image; commit the terms of each image, then the record."""
+    """Score every image, and put that on record."""
     import vae
     from vae.evaluate import evaluate as evaluate_model
 
@@ -76,9 +79,16 @@ def score(config: Evaluate, model: Located, ingested: Ingested, job: str, run: R
             device=pick_device(config.device),
             progress=lambda done, total: advance(done, total, "images"),
         )
+    return commit(config, model.uri, ingested, job, split.ids, found)
+
+
+def commit(
+    config: Evaluate, model: str, ingested: Ingested, job: str, ids: list[str], found: Evaluation
+) -> Scores:
+    """Put an evaluation on record: the terms of each image, then the scores."""
     record = Scores(
         job=job,
-        model=model.uri,
+        model=model,
         snapshot=ingested.snapshot,
         scores={name: asdict(value) for name, value in found.scores.items()},
         protocol={
@@ -89,7 +99,7 @@ def score(config: Evaluate, model: Located, ingested: Ingested, job: str, run: R
         },
     )
     store = job_store(config.root, job)
-    store.put_if_absent("per_image.npz", npz(split.ids, found.per_image))
+    store.put_if_absent("per_image.npz", npz(ids, found.per_image))
     put_record(store, "scores.json", record.model_dump(mode="json", exclude={"run_id", "changed"}))
     return record.model_copy(update={"changed": True})
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -44,7 +46,8 @@ def train_on_ranks(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "train.toml")
         file.write_text(rank_settings(config, ingested))
-        process = subprocess.Popen(_command(config.devices, file), stdout=subprocess.PIPE, text=True)
+        command, environment = _command(config.devices, file), os.environ | _meeting(Path(folder))
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         step, stopping = 0, False
         for line in _lines(process):
             if not stopping and stop():
@@ -85,9 +88,24 @@ def rank_settings(config: Train, ingested: Ingested) -> str:
 
 
 def _command(devices: int, file: Path) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d"]
+    meeting = ["--rdzv-conf=store_type=file", f"--rdzv-endpoint={file.parent / 'launcher'}"]
     ranks = [f"--nproc-per-node={devices}", f"--max-restarts={RESTARTS}"]
-    return [*launcher, *ranks, "-m", "flows.rank", str(file)]
+    return [*launcher, *meeting, *ranks, "-m", "flows.rank", str(file)]
+
+
+def _meeting(folder: Path) -> dict[str, str]:
+    """Launcher and ranks find each other by files: torch's store on TCP lets in whoever reaches the machine.
+
+    What ranks then send each other goes through the loopback interface.
+    """
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    return {
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "VAE_RANKS_MEET": str(folder / "ranks"),
+        "GLOO_SOCKET_IFNAME": loopback,
+        "NCCL_SOCKET_IFNAME": loopback,
+    }
 
 
 def _lines(process: subprocess.Popen[str]) -> Iterator[str | None]:

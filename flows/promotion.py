@@ -23,6 +23,7 @@ from flows.results import Scores
 
 logger = logging.getLogger("vae_flows.promotion")
 Kind = Literal["promote", "rollback", "external"]
+CONSTANT = 0.1 / 255  # of a pixel over images, a tenth of a grey value: nobody sees it
 EVEN_BITS = 8.0  # a dimension, of grey values that are all as likely
 
 
@@ -152,6 +153,8 @@ def unsound(scores: Scores) -> str | None:
         return f"the test score is {value}"
     if scores.scores.get("active_units", {}).get("value") == 0:
         return "collapsed: no latent dimension is active"
+    if scores.scores.get("reconstruction_std", {}).get("value", 1.0) < CONSTANT:
+        return "a constant output: all images are decoded to the same one"
     bits = scores.scores.get("bits_per_dim", {}).get("value", 0.0)
     if bits >= EVEN_BITS:
         return f"no better than guessing: {bits:.2f} bits/dim, and evenly drawn grey values cost {EVEN_BITS}"

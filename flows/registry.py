@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vae_flows.registry")
 JOB_TAG = "vae_flows.job"
+PUBLIC_KEY = "VAE_FLOWS_PUBLIC_KEY"  # names the file of the key that models from the registry are signed with
 CHAMPION, CHALLENGER = "champion", "challenger"
 BUNDLE = "artifacts/bundle"  # in the logged model, where MLflow keeps a folder under its own name
 
@@ -69,8 +71,11 @@ def parse(uri: str) -> tuple[str, str, str]:
     return name, alias, version
 
 
-def locate(uri: str) -> Located:
-    """Pin a model and bring its bundle to this machine; ValueError where there is none."""
+def locate(uri: str, *, verified: bool = True) -> Located:
+    """Pin a model and bring its bundle to this machine; ValueError where there is none.
+
+    Or, unless it need not be `verified`, where a public key is configured and it is not signed with its own.
+    """
     pinned = pin(uri)
     if not pinned.startswith("models:/"):
         folder = Path(uri.removeprefix("file://"))
@@ -78,7 +83,12 @@ def locate(uri: str) -> Located:
             raise ValueError(f"no model bundle in {uri!r}: give its folder, or models:/NAME@champion")
         return Located(str(folder.resolve()), folder)
     name, version = pinned.removeprefix("models:/").split("/")
-    return Located(pinned, _download(pinned), name, version)
+    found = Located(pinned, _download(pinned), name, version)
+    if verified and (key := os.environ.get(PUBLIC_KEY)):
+        from flows.sign import require_signed
+
+        require_signed(found, Path(key))
+    return found
 
 
 def _version_of(name: str, alias: str) -> str:
@@ -240,6 +250,11 @@ def exists(name: str, version: str) -> bool:
 def run_of(name: str, version: str) -> str:
     """The MLflow run that made a version."""
     return str(client().get_model_version(name, version).run_id)
+
+
+def set_tag(name: str, version: str, key: str, value: str) -> None:
+    """Put a fact on a version."""
+    client().set_model_version_tag(name, version, key, value)
 
 
 def describe(name: str, version: str, card: str) -> None:

@@ -411,6 +411,15 @@ class Pulled(Result):
         return f"{self.model} is in {self.bundle}\n  vae.load({str(self.bundle)!r})"
 
 
+class Signed(Result):
+    """A version whose signature is in the registry."""
+
+    model: str
+
+    def summary(self) -> str:
+        return f"{self.model} is signed"
+
+
 class Exported(Result):
     """Graphs of a model, and how far each is from it: the largest |a - b| / (1 + |b|)."""
 

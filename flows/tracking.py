@@ -351,7 +351,13 @@ def _experiment(root: Path) -> str:
         return str(found.experiment_id)
     # A tracking server knows where its artifacts go; without one they belong under the root.
     local = mlflow.get_tracking_uri().startswith("sqlite:")
-    return str(client().create_experiment(name, (root.resolve() / "mlartifacts").as_uri() if local else None))
+    place = (root.resolve() / "mlartifacts").as_uri() if local else None
+    try:
+        return str(client().create_experiment(name, place))
+    except mlflow.MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return _experiment(root)  # another run's, which came first
 
 
 def _experiment_name() -> str:

@@ -16,6 +16,7 @@ from uuid import uuid4
 import pytest
 from pipeline import SHORT, command, environment, prefect_server_with_scheduler, run, run_json, until
 from prefect.client.schemas.objects import FlowRun
+from sockets import beyond_loopback
 
 from flows.bootstrap import bootstrap
 from flows.config import Bootstrap, Retrain, Serve
@@ -201,6 +202,7 @@ def served(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
             env=environment() | {"PREFECT_RUNNER_POLL_FREQUENCY": "1"},
         )
         yield root
+        assert beyond_loopback(process.pid) == set()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 143, (root / "serve.log").read_text()
 

@@ -145,6 +145,15 @@ def test_kl_per_dimension_sums_to_the_kl_and_units_are_active_where_means_vary()
     assert scores["active_units"].value == 2
 
 
+def test_a_constant_output_does_not_vary_and_another_does() -> None:
+    model, means = exact(), drawn_images(50).reshape(50, -1) / 255
+    varied = evaluate(model, drawn_images(50), range(50), k=1).scores["reconstruction_std"].value
+    assert 0 < varied < math.sqrt(means.var(0).mean()) * 1.01  # type: ignore[operator]
+    with torch.no_grad():
+        model.weight[:] = 0
+    assert evaluate(model, drawn_images(50), range(50), k=1).scores["reconstruction_std"].value < 1e-6
+
+
 # -- however it is run
 
 
@@ -230,7 +239,7 @@ def test_bits_per_dim_are_reported_for_eight_bit_likelihoods_alone() -> None:
 
 def test_the_autoencoder_has_reconstruction_scores_alone() -> None:
     found = evaluate(build(CONFIGS[3]), IMAGES, IDS)
-    assert found.scores.keys() == {"log_likelihood", "mse", "psnr", "ssim"}
+    assert found.scores.keys() == {"log_likelihood", "mse", "psnr", "ssim", "reconstruction_std"}
 
 
 def test_an_untrained_binary_pixel_costs_a_bit() -> None:

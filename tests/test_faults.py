@@ -58,6 +58,28 @@ def test_a_ledger_is_gone_on_with(tmp_path: Path) -> None:
     )
 
 
+def test_what_is_mended_stays_and_counts_apart(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    one = refuted(Found(trials=3, lost=2), ledger)
+    ledger.append(one.name, 8, Found(trials=3, torn=1), 0.1)
+    ledger.append(one.name, 7, Found(trials=3), 0.1)
+    again = Ledger(ledger.path)
+    total = again.total(one.name)
+    assert (total.trials, total.lost, total.torn, again.mended(one.name)) == (9, 0, 1, 2)
+    assert again.bad_seeds(one.name) == [8]
+    ledger.append(one.name, 7, Found(trials=3, lost=1), 0.1)
+    assert (ledger.total(one.name).lost, ledger.mended(one.name)) == (3, 0), "broken anew, nothing is mended"
+
+
+def test_bad_seeds_are_run_again(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.append("a mutated image", 5, Found(trials=500, broken=1), 0.1)
+    ledger.append("a mutated image", 6, Found(trials=500), 0.1)
+    done = harness("--again", "--ledger", ledger.path)
+    assert done.returncode == 0, done.stderr
+    assert [line["seed"] for line in Ledger(ledger.path).lines] == [5, 6, 5]
+
+
 def test_a_seed_is_repeated_and_an_unknown_name_refused(tmp_path: Path) -> None:
     only = ("--only", "mutated image", "--minutes", "0", "--seed", "3")
     done = harness(*only, "--ledger", tmp_path / "ledger.jsonl")

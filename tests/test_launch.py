@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from pipeline import command, environment, registry_of, run, run_json
+from sockets import beyond_loopback
 
 import vae
 from flows.jobs import job_store
@@ -62,6 +63,8 @@ def train_and_lose_a_rank(root: Path) -> str:
         if not killed and "train: checkpoint at step 20" in line:
             os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
             killed = True
+        elif killed and "train: checkpoint" in line:  # the ranks have met again
+            assert beyond_loopback(process.pid) == set()
     assert process.wait() == 0, log
     assert killed, log
     return log

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sockets import beyond_loopback, listening
 
 HOME = Path(__file__).parents[1]
 PACKAGES = ("flows", "vae", "data")
@@ -85,3 +88,16 @@ def test_the_check_sees(line: str) -> None:
 )
 def test_the_check_lets_through(line: str) -> None:
     assert not list(offences(ast.parse(line)))
+
+
+def test_the_server_of_a_command_listens_on_loopback_alone(prefect_server: str) -> None:
+    """What the kernel says of this process and of the server that it has started."""
+    assert "127.0.0.1" in listening(os.getpid())
+    assert beyond_loopback(os.getpid()) == set()
+
+
+def test_a_socket_that_others_can_reach_is_seen() -> None:
+    with socket.create_server(("0.0.0.0", 0)):
+        assert beyond_loopback(os.getpid()) == {"0.0.0.0"}
+    with socket.create_server(("::", 0), family=socket.AF_INET6):
+        assert beyond_loopback(os.getpid()) == {"::"}

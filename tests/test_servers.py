@@ -249,6 +249,19 @@ def test_the_compose_file_is_what_compose_takes() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_what_is_published_is_published_on_loopback() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    ports = {port for service in services.values() for port in service.get("ports", [])}
+    assert ports
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+    hosts = [
+        unit.read_text().split("--host ")[1].split()[0]
+        for unit in DEPLOY.glob("systemd/*.service")
+        if "--host " in unit.read_text()
+    ]
+    assert hosts == ["127.0.0.1"] * 2
+
+
 def test_every_setting_of_the_compose_file_is_in_the_example() -> None:
     named = {line.split("=")[0] for line in (DEPLOY / "example.env").read_text().splitlines() if "=" in line}
     wanted = {

@@ -10,7 +10,7 @@ Legend: N images, B batch, K importance samples, L levels, D latent dimensions, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class Score:
 class Measurements:
     """What a part of a split contributes, as float64 arrays.
 
-    columns: one row an image, (N,) or (N, L). sums: `x` and `x^2` summed over images, (D,).
+    columns: one row an image, (N,) or (N, L). sums: `x` and `x^2` summed over images, (D,) or (C*H*W,).
     latents: z, mean, logvar (N, D) and log_prior (N,) of one draw; empty for models of several levels.
     """
 
@@ -82,7 +82,8 @@ def evaluate(
     However a split is divided over calls, an image's row stays the same. By default batch and chunk are such
     that about a million pixels are decoded at once, for any k.
 
-    Of every model: log_likelihood, mse, psnr (dB), ssim of the reconstruction from the posterior's mean.
+    Of every model: log_likelihood, mse, psnr (dB), ssim of the reconstruction from the posterior's mean, and
+    reconstruction_std, how much a pixel of it varies over the images (root mean square over pixels, in 0..1).
     Of a generative one: elbo, log_likelihood and kl at one draw, kl_per_level, kl_per_dim (closed form
     only), active_units, iw_bound (K = k) and effective_samples (of those k), bits_per_dim of the ELBO
     (8-bit likelihoods), and mutual_information + marginal_kl, the split of the KL (one level only).
@@ -138,11 +139,13 @@ def summarize(whole: Measurements) -> dict[str, Score]:
     """The scores of a split from the measurements of all its images."""
     scores = {name: _mean(column) for name, column in whole.columns.items()}
     count = len(whole.columns["mse"])
+    varies = _variance(whole.sums, "reconstruction", count).mean()
+    scores["reconstruction_std"] = Score(math.sqrt(varies), None)
     if "kl_per_dim" in whole.sums:
         scores["kl_per_dim"] = _mean_of_sums(whole.sums["kl_per_dim"], whole.sums["kl_per_dim^2"], count)
     if "mean" in whole.sums:
-        variance = whole.sums["mean^2"] / count - (whole.sums["mean"] / count) ** 2
-        scores["active_units"] = Score(float((variance > ACTIVE_VARIANCE).sum()), None)
+        active = _variance(whole.sums, "mean", count) > ACTIVE_VARIANCE
+        scores["active_units"] = Score(float(active.sum()), None)
     if whole.latents:
         scores |= kl_split(**whole.latents)
     return scores
@@ -168,10 +171,10 @@ def _measure_batch(model: Model, batch: Tensor, draws: IdDraws, k: int, chunk: i
     """Measure one batch (B, C, H, W) uint8; the ELBO's terms are those of the first of the k draws."""
     seen, target = model.observe(batch, draws)
     at_mean = model.infer(seen, None)
-    columns = _reconstruction(at_mean, target)
+    columns, sums = _reconstruction(at_mean, target), _powers(at_mean.likelihood.mean, "reconstruction")
     if not model.generative:
         columns["log_likelihood"] = terms(at_mean, target).log_likelihood
-        return Measurements(_numpy(columns), {}, {})
+        return Measurements(_numpy(columns), _numpy(sums), {})
     weights: list[Tensor] = []
     for start in range(0, k, chunk):
         noise = draws.normal("posterior", min(chunk, k - start), model.latent_dim)
@@ -180,7 +183,7 @@ def _measure_batch(model: Model, batch: Tensor, draws: IdDraws, k: int, chunk: i
         weights.append(log_weights(inference, now.log_likelihood).unflatten(0, (-1, len(batch))))
         if start == 0:
             columns |= _elbo(now, len(batch), model, inference.likelihood.eight_bit)
-            sums = _moments(inference, at_mean, len(batch))
+            sums |= _moments(inference, at_mean, len(batch))
             latents = _latents(inference, len(batch)) if len(model.levels) == 1 else {}
     columns |= _bound(torch.cat(weights).double())
     return Measurements(_numpy(columns), _numpy(sums), _numpy(latents))
@@ -214,10 +217,14 @@ def _bound(log_w: Tensor) -> dict[str, Tensor]:
 
 
 def _moments(inference: Inference, at_mean: Inference, batch: int) -> dict[str, Tensor]:
-    values = {"mean": at_mean.mean.double()}
-    if inference.kl_per_dim is not None:
-        values["kl_per_dim"] = inference.kl_per_dim[:batch].double()
-    return {f"{n}{power}": (v**p).sum(0) for n, v in values.items() for p, power in ((1, ""), (2, "^2"))}
+    of_kl = {} if inference.kl_per_dim is None else _powers(inference.kl_per_dim[:batch], "kl_per_dim")
+    return _powers(at_mean.mean, "mean") | of_kl
+
+
+def _powers(values: Tensor, name: str) -> dict[str, Tensor]:
+    """Sums over the images, of the values and of their squares."""
+    rows = values.flatten(1).double()
+    return {name: rows.sum(0), f"{name}^2": (rows**2).sum(0)}
 
 
 def _latents(inference: Inference, batch: int) -> dict[str, Tensor]:
@@ -231,6 +238,11 @@ def _latents(inference: Inference, batch: int) -> dict[str, Tensor]:
 
 def _numpy(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: tensor.double().cpu().numpy() for name, tensor in tensors.items()}
+
+
+def _variance(sums: Mapping[str, np.ndarray], name: str, count: int) -> np.ndarray:
+    """Of each value over the images; no less than 0, which rounding might make it."""
+    return np.maximum(sums[f"{name}^2"] / count - (sums[name] / count) ** 2, 0)
 
 
 def _mean(column: np.ndarray) -> Score:

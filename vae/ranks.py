@@ -70,13 +70,21 @@ def here() -> Ranks:
 
 @contextmanager
 def group(device: torch.device) -> Iterator[Ranks]:
-    """Join the group that torch's launcher describes in the environment: by NCCL on GPUs, else gloo."""
-    store, rank, world = next(dist.rendezvous("env://"))
+    """Join the group that torch's launcher describes in the environment: by NCCL on GPUs, else gloo.
+
+    VAE_RANKS_MEET, where it is set, is a file's path at which ranks of one machine meet, without a server.
+    """
     # The launcher keeps its store when it begins lost ranks anew: without a name for each attempt,
     # they would look for each other at the addresses of those that are gone.
-    attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if file := os.environ.get("VAE_RANKS_MEET"):
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store: dist.Store = dist.FileStore(f"{file}-{attempt}", world)
+    else:
+        met, rank, world = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(attempt, met)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     try:
         yield here()
     finally:

@@ -21,6 +21,9 @@ from vae.ranks import Ranks
 
 logger = logging.getLogger("vae")
 
+NO_MEMORY = ("can't allocate memory", "not enough memory", "could not create a primitive")
+"""What torch, and its convolutions on a CPU, say of an allocation that failed."""
+
 
 class Loss(nn.Module):
     """The model with its loss as the forward pass, which is what DistributedDataParallel wraps.
@@ -150,7 +153,7 @@ def uses_bfloat16(config: TrainConfig, device: torch.device) -> bool:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed: on a GPU an error of its own, on the CPU one of torch or Python."""
-    failed = "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    failed = any(words in str(error) for words in NO_MEMORY)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or failed
 
 

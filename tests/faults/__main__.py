@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -32,12 +32,10 @@ def main() -> int:
     able = [one for one in chosen if not _lacks(one)]
     ledger, end = Ledger(options.ledger), time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory(prefix="vae-flows-faults-") as folder:
-        runner = Runner(ledger, Path(folder), options.seed)
-        for one in able if options.quick else []:
-            runner.run(one)
-        while not options.quick and (one := least(ledger, able)):
-            runner.run(one)
-            if time.monotonic() > end:
+        runner = Runner(ledger, Path(folder))
+        for one, seed in due(options, ledger, able):
+            runner.run(one, seed, one.few if options.quick else {})
+            if not options.quick and time.monotonic() > end:
                 break
     print(table(ledger, chosen))
     if options.page:
@@ -53,6 +51,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="first seed; those in the ledger are passed over")
     parser.add_argument("--only", default="", help="only experiments with this in their name")
     parser.add_argument("--quick", action="store_true", help="one batch each of those in `make test`")
+    parser.add_argument("--again", action="store_true", help="run the seeds again that broke a promise")
     parser.add_argument("--ledger", type=Path, default=HOME / "benchmarks/results/faults.jsonl")
     parser.add_argument("--page", action="store_true", help="write docs/reliability.md from the ledger")
     return parser.parse_args()
@@ -64,6 +63,18 @@ def _lacks(one: Experiment) -> bool:
     return bool(lacking)
 
 
+def due(
+    options: argparse.Namespace, ledger: Ledger, able: Sequence[Experiment]
+) -> Iterator[tuple[Experiment, int]]:
+    """What to run next, and the seed: what has been broken, each once, or what is furthest from its goal."""
+    if options.again:
+        yield from [(one, seed) for one in able for seed in ledger.bad_seeds(one.name)]
+        return
+    each = iter(able)
+    while one := next(each, None) if options.quick else least(ledger, able):
+        yield one, ledger.next_seed(one.name, options.seed)
+
+
 def least(ledger: Ledger, experiments: Sequence[Experiment]) -> Experiment | None:
     """The experiment that is furthest from its goal; None when all have reached theirs."""
     open_ones = [one for one in experiments if ledger.total(one.name).trials < one.goal]
@@ -73,14 +84,13 @@ def least(ledger: Ledger, experiments: Sequence[Experiment]) -> Experiment | Non
 class Runner:
     """Runs batches, each in a process of its own, and prepares an experiment before its first."""
 
-    def __init__(self, ledger: Ledger, folder: Path, first_seed: int):
-        self.ledger, self.folder, self.first_seed = ledger, folder, first_seed
+    def __init__(self, ledger: Ledger, folder: Path):
+        self.ledger, self.folder = ledger, folder
         self.batches = 0
         self.prepared: dict[object, Path] = {}
 
-    def run(self, one: Experiment) -> None:
-        """One batch, into the ledger."""
-        seed = self.ledger.next_seed(one.name, self.first_seed)
+    def run(self, one: Experiment, seed: int, size: dict[str, int]) -> None:
+        """One batch, into the ledger; of this size, where it is not its own."""
         for name in one.imports:
             importlib.import_module(name)
         shared = self._prepare(one)
@@ -89,7 +99,7 @@ class Runner:
         folder.mkdir()
         try:
             ended = in_child(
-                lambda: vars(one.batch(seed, folder, shared)), folder / "log", deadline=one.deadline
+                lambda: vars(one.batch(seed, folder, shared, **size)), folder / "log", deadline=one.deadline
             )
             found = _found(ended)
         except TimeoutError as error:

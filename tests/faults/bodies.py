@@ -141,13 +141,13 @@ def recorded(root: Path, uri: str = "") -> dict[str, Any]:
     }
 
 
-def batch(seed: int, folder: Path, shared: Path) -> Found:
+def batch(seed: int, folder: Path, shared: Path, most: int = KILLS) -> Found:
     """One root; kills at random moments of the CPU time that is left, each followed by the same command."""
     rng, facts = np.random.default_rng(seed), json.loads((shared / "facts.json").read_text())
     root = folder / "root"
     shutil.copytree(shared / "empty", root)
     kills, found = 0, NOTHING
-    while kills < KILLS:
+    while kills < most:
         moment = rng.exponential(MOMENT)
         held = newest_checkpoint(root)
         ended = attempt(root, folder / f"attempt-{kills}", moment)
@@ -216,6 +216,7 @@ EXPERIMENTS = (
         "bitwise the same weights; at most one shard or checkpoint interval is done again.",
         goal=500,
         batch=batch,
+        few={"most": 4},
         prepare=prepare,
         imports=IMPORTS,
     ),

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from tests.faults import bodies, calls, command, hostile, leaks, machine, outages, rivals, rot, s3
+from tests.faults import (
+    bodies,
+    calls,
+    collapse,
+    command,
+    hostile,
+    leaks,
+    machine,
+    outages,
+    rivals,
+    rot,
+    s3,
+    training,
+)
 from tests.faults.trials import Experiment
 
 EXPERIMENTS: tuple[Experiment, ...] = (
@@ -11,6 +24,8 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     *calls.EXPERIMENTS,
     *rivals.EXPERIMENTS,
     *machine.EXPERIMENTS,
+    *training.EXPERIMENTS,
+    *collapse.EXPERIMENTS,
     *rot.EXPERIMENTS,
     *s3.EXPERIMENTS,
     *outages.EXPERIMENTS,

@@ -17,6 +17,7 @@ import struct
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,24 +157,30 @@ def archives(canary: Path) -> Iterator[tuple[str, Files]]:
 # -- putting them through
 
 
-def batch(seed: int, folder: Path, shared: Path) -> Found:
-    """A few of the artifacts, each through pull, encode and promote; and one that leads out by a link."""
+Commands = Callable[[Path, str], dict[str, Callable[[], object]]]
+
+
+def batch(commands: Commands, seed: int, folder: Path, shared: Path, most: int = AT_ONCE) -> Found:
+    """A few of the artifacts, each through every one of the commands."""
     (bundle,) = (shared / "undisturbed/jobs").glob("train-*/bundle")
     good = {path.name: path.read_bytes() for path in bundle.iterdir()}
+    (snapshot,) = (shared / "undisturbed/snapshots").iterdir()
+    (folder / "images").write_text(f"snapshot:{snapshot}")
     found = Found(0)
     count = len(list(artifacts(good, folder / "canary")))
-    for index in range(AT_ONCE):
+    for index in range(most):
         place = folder / f"{index}"
         name, files = list(artifacts(good, place / "canary"))[(seed * AT_ONCE + index) % count]
         shutil.copytree(shared / "empty", place / "root")
         for path, data in files.items():
             (place / "model" / path).parent.mkdir(parents=True, exist_ok=True)
             (place / "model" / path).write_bytes(data)
-        found += Found() + found_in_child(lambda place=place, name=name: through(place, name), folder / "log")
+        look = lambda place=place, name=name: through(place, name, commands)  # noqa: E731
+        found += Found() + found_in_child(look, folder / "log")
     return found
 
 
-def through(place: Path, name: str) -> Found:
+def through(place: Path, name: str, commands: Commands) -> Found:
     """One artifact as version 1 of a model; every command that reads it either refuses in a line or works."""
     registered = in_child(lambda: register(place), place / "log").given()
     found = Found(0)
@@ -207,11 +214,12 @@ def register(place: Path) -> str:
     put_record(job_store(place / "root", "evaluate-forged"), "scores.json", forged_scores)
     client().create_registered_model(NAME)
     source = (place / "model").as_uri()
-    version = client().create_model_version(NAME, source, tags={"evaluation": "evaluate-forged"})
+    run = client().create_run("0").info.run_id
+    version = client().create_model_version(NAME, source, run, tags={"evaluation": "evaluate-forged"})
     return f"models:/{NAME}/{version.version}"
 
 
-def commands(place: Path, model: str) -> dict[str, Callable[[], object]]:
+def reading(place: Path, model: str) -> dict[str, Callable[[], object]]:
     """What reads a registered model, as functions."""
     from flows.config import Encode, Promote, Pull
 
@@ -234,6 +242,15 @@ def commands(place: Path, model: str) -> dict[str, Callable[[], object]]:
     return {"pull": pull, "encode": encode, "promote": promote}
 
 
+def reporting(place: Path, model: str) -> dict[str, Callable[[], object]]:
+    """What loads a registered model, scores it and draws what it does."""
+    from flows.config import Report
+
+    images = (place.parent / "images").read_text()
+    config = Report(root=place / "root", model=model, source=images, importance_samples=2, points=10)
+    return {"report": lambda: flow("report", config)}
+
+
 def flow(name: str, config: Any) -> None:
     """A flow's own code, without Prefect's engine."""
     import importlib
@@ -252,8 +269,18 @@ EXPERIMENTS = (
         "Through pull, encode and promote: refused in a line, or its data used; nothing of it is executed, "
         "nothing else written.",
         goal=60,
-        batch=batch,
+        batch=partial(batch, reading),
+        few={"most": 2},
         prepare=bodies.prepare,
         imports=IMPORTS,
+    ),
+    Experiment(
+        "a malicious artifact through report",
+        "Refused in a line, or drawn from its data; nothing of it is executed.",
+        goal=60,
+        batch=partial(batch, reporting),
+        few={"most": 2},
+        prepare=bodies.prepare,
+        imports=(*IMPORTS, "flows.report"),
     ),
 )

@@ -6,16 +6,17 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.faults.trials import NOTHING, Experiment, Found
+from tests.faults.trials import Experiment, Found
 
 HOME = Path(__file__).parents[2]
 COUNTS = ("lost", "duplicate", "torn", "hung", "broken")
+HEADS = ("trials", *COUNTS, "mended", "seed")
 
 
 class Ledger:
@@ -44,13 +45,29 @@ class Ledger:
         return next(seed for seed in range(first, first + len(tried) + 1) if seed not in tried)
 
     def total(self, fault: str) -> Found:
-        """All its batches together."""
-        names = ("trials", *COUNTS, "note")
-        return sum((Found(**{name: line[name] for name in names}) for line in self.of(fault)), NOTHING)
+        """All its trials, and what is broken: what a batch found, unless its seed has since been run well."""
+        broken = [
+            Found(0, **{name: line[name] for name in (*COUNTS, "note")}) for line in self._broken(fault)
+        ]
+        return sum(broken, Found(sum(line["trials"] for line in self.of(fault))))
 
-    def bad_seed(self, fault: str) -> str:
-        """A seed that repeats the first broken promise; '' where there is none."""
-        return next((str(line["seed"]) for line in self.of(fault) if any(line[n] for n in COUNTS)), "")
+    def mended(self, fault: str) -> int:
+        """What batches found whose seeds have since been run well."""
+        return sum(map(bad, self.of(fault))) - sum(map(bad, self._broken(fault)))
+
+    def bad_seeds(self, fault: str) -> list[int]:
+        """The seeds that repeat what is broken."""
+        return list(dict.fromkeys(line["seed"] for line in self._broken(fault)))
+
+    def _broken(self, fault: str) -> list[dict[str, Any]]:
+        """The batches of seeds whose last batch broke a promise."""
+        last = {line["seed"]: line for line in self.of(fault)}
+        return [line for line in self.of(fault) if bad(last[line["seed"]])]
+
+
+def bad(line: dict[str, Any]) -> int:
+    """How many promises a batch broke."""
+    return sum(line[name] for name in COUNTS)
 
 
 def machine() -> str:
@@ -66,19 +83,16 @@ def commit() -> str:
     return subprocess.run(line, cwd=HOME, capture_output=True, text=True).stdout.strip()
 
 
-def rows(ledger: Ledger, experiments: Iterable[Experiment]) -> list[list[str]]:
-    """A line each experiment: fault, trials, what was broken, the seed that repeats it."""
-    found = []
-    for one in experiments:
-        total = ledger.total(one.name)
-        counts = [f"{getattr(total, name):,}" for name in COUNTS]
-        found.append([one.name, f"{total.trials:,}", *counts, ledger.bad_seed(one.name) or "-"])
-    return found
+def cells(ledger: Ledger, one: Experiment) -> list[str]:
+    """An experiment's figures: trials, what is broken, what was and is mended, a seed that repeats it."""
+    total, seeds = ledger.total(one.name), ledger.bad_seeds(one.name)
+    counts = [total.trials, *(getattr(total, name) for name in COUNTS), ledger.mended(one.name)]
+    return [*(f"{count:,}" for count in counts), str(seeds[0]) if seeds else "-"]
 
 
 def table(ledger: Ledger, experiments: Sequence[Experiment]) -> str:
     """The table as text, its columns aligned."""
-    lines = [["fault", "trials", *COUNTS, "seed"], *rows(ledger, experiments)]
+    lines = [["fault", *HEADS], *([one.name, *cells(ledger, one)] for one in experiments)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tests.faults.ledger import COUNTS, HOME, Ledger
+from tests.faults.ledger import HEADS, HOME, Ledger, cells
 from tests.faults.trials import Experiment
 
 PAGE = HOME / "docs/reliability.md"
@@ -21,14 +21,10 @@ def write(ledger: Ledger, experiments: Sequence[Experiment]) -> None:
 def figures(ledger: Ledger, experiments: Sequence[Experiment]) -> str:
     """The table, then what it was measured on, then what has not been reached."""
     lines = [
-        "| fault | what must hold | trials | " + " | ".join(COUNTS) + " | seed |",
-        "| --- | --- " + "| ---: " * (2 + len(COUNTS)) + "|",
+        f"| fault | what must hold | {' | '.join(HEADS)} |",
+        "| --- | --- " + "| ---: " * len(HEADS) + "|",
     ]
-    for one in experiments:
-        total = ledger.total(one.name)
-        counts = " | ".join(f"{getattr(total, name):,}" for name in COUNTS)
-        seed = ledger.bad_seed(one.name) or "-"
-        lines.append(f"| {one.name} | {one.promise} | {total.trials:,} | {counts} | {seed} |")
+    lines += [f"| {' | '.join([one.name, one.promise, *cells(ledger, one)])} |" for one in experiments]
     return "\n".join([*lines, "", where(ledger), "", missing(ledger, experiments)])
 
 

@@ -16,7 +16,7 @@ from tests.faults.trials import Experiment, Found, counted, unless
 JOBS, IMAGES, SHARE, ATTEMPTS = 3, 25, 0.12, 40  # a batch: encodes, of so many images, faults of requests
 
 
-def batch(seed: int, folder: Path, shared: Path) -> Found:
+def batch(seed: int, folder: Path, shared: Path, jobs: int = JOBS) -> Found:
     """Encodes whose requests fail in every way, each run until it ends; then what is in the table."""
     from moto.server import ThreadedMotoServer
 
@@ -28,7 +28,7 @@ def batch(seed: int, folder: Path, shared: Path) -> Found:
     os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_REGION": "us-east-1"}
     os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.server_address[1]}"
     rng = np.random.default_rng(seed)
-    return sum((encoded(proxy, rng, number) for number in range(JOBS)), Found(0))
+    return sum((encoded(proxy, rng, number) for number in range(jobs)), Found(0))
 
 
 def encoded(proxy: Proxy, rng: np.random.Generator, number: int) -> Found:
@@ -76,6 +76,7 @@ EXPERIMENTS = (
         "A put that succeeded and whose answer was lost makes no duplicate, one that failed no hole.",
         goal=1000,
         batch=batch,
+        few={"jobs": 1},
         lacks=lambda: "" if find_spec("moto") else "moto is not installed",
         imports=("moto.server", "tests.test_s3", "data.upkeep"),
     ),

@@ -55,16 +55,18 @@ class Experiment:
     """One fault. `batch(seed, folder, shared)` puts it in, in an empty folder, and says what it found.
 
     goal: trials that the figures of docs/reliability.md want. prepare fills `shared` once a run, in a process
-    of its own. lacks: what the machine lacks for it, or ''. quick: part of `make test`.
+    of its own. lacks: what the machine lacks for it, or ''. quick: part of `make test`, with `few` as the
+    batch's size.
     """
 
     name: str
     promise: str
     goal: int
-    batch: Callable[[int, Path, Path], Found]
+    batch: Callable[..., Found]
     prepare: Callable[[Path], None] | None = None
     lacks: Callable[[], str] = lambda: ""
     quick: bool = True
+    few: dict[str, int] = field(default_factory=dict)
     deadline: float = HANGS_AFTER
     imports: tuple[str, ...] = field(default=(), repr=False)  # by the parent, once
 
