@@ -189,8 +189,8 @@ def test_more_images_make_a_new_version_that_starts_from_the_champion(
     assert start["model"] == "models:/vae-images/1"
     assert 0 < start["images"] <= 40 * 300
     with registry_of(root) as client:
-        page = client.download_artifacts(second["run_id"], "report.html")
-    assert f"started from models:/vae-images/1 at a validation ELBO of {start['elbo']:.2f}" in Path(page).read_text()
+        page = Path(client.download_artifacts(second["run_id"], "report.html")).read_text()
+    assert f"started from models:/vae-images/1 at a validation ELBO of {start['elbo']:.2f}" in page
 
 
 def write_digits(folder: Path, count: int) -> None:
