@@ -177,7 +177,10 @@ def stopped(name: str, fault: str, when: int, folder: Path, shared: Path) -> tup
     return replace(found, trials=int(met), note=found.note and f"{name} {fault} {when}: {found.note}"), met
 
 
-IMPORTS = ("tests.test_tables", "data.snapshot", "data.upkeep", "flows.fitting", "vae.checkpoint")
+IMPORTS = (
+    *("tests.test_tables", "data.snapshot", "data.upkeep", "flows.fitting", "vae.checkpoint"),
+    *("numpy.ctypeslib", "safetensors.torch"),  # whose files must not be refused instead of ours
+)
 EXPERIMENTS = (
     Experiment(
         "SIGKILL at a system call",

@@ -158,20 +158,25 @@ def _run(body: Callable[[], Any], answer: socket.socket, log: Path, parent: int)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    code = 0
-    try:
-        value = body()
-    except SystemExit as error:
-        value, code = None, int(error.code or 0)
-    except BaseException as error:
-        value, code = f"{type(error).__name__}: {error}"[:2000], 1
-        with suppress(OSError):  # a disk may be full on purpose
-            traceback.print_exc()
-            sys.stderr.flush()
-    try:
+    code = 1
+    try:  # nothing may escape to the parent's own code, which this process has a copy of
+        value, code = _answer_of(body)
         answer.sendall(json.dumps(value).encode())
     finally:
         os._exit(code)
+
+
+def _answer_of(body: Callable[[], Any]) -> tuple[Any, int]:
+    """What a body gives, or how it failed, and the exit code."""
+    try:
+        return body(), 0
+    except SystemExit as error:
+        return None, int(error.code or 0)
+    except BaseException as error:
+        with suppress(Exception):  # a disk may be full on purpose, and files refused
+            traceback.print_exc()
+            sys.stderr.flush()
+        return f"{type(error).__name__}: {error}"[:2000], 1
 
 
 def in_child(body: Callable[[], Any], log: Path, **how: Any) -> Ended:
