@@ -385,23 +385,24 @@ def table(runs: list[dict[str, Any]]) -> str:
         "| peak MiB | test ELBO |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
+    scored = {(run["model"], run["variant"]): run for run in runs if "elbo" in run}
     for model in MODELS:
         for threads in sorted({run["threads"] for run in runs}):
             mine = [run for run in runs if (run["model"], run["threads"]) == (model, threads)]
-            lines += [
-                _line(model, threads, variant, mine) for variant in VARIANTS if _timed_runs(mine, variant)
-            ]
+            there = [variant for variant in VARIANTS if _timed_runs(mine, variant)]
+            lines += [_line(model, threads, one, mine, scored.get((model, one))) for one in there]
     return "\n".join(lines)
 
 
-def _line(model: str, threads: int, variant: str, runs: list[dict[str, Any]]) -> str:
+def _line(
+    model: str, threads: int, variant: str, runs: list[dict[str, Any]], scored: dict[str, Any] | None
+) -> str:
     wall, cpu, peak = _speeds(runs, variant)
     ratios = ["", ""]
     if variant != "ours" and _timed_runs(runs, "ours"):
         ours = _speeds(runs, "ours")
         ratios = [f"{ours[0] / wall:.2f} x", f"{ours[1] / cpu:.2f} x"]
-    scored = [run for run in runs if run["variant"] == variant and "elbo" in run]
-    elbo = f"{scored[-1]['elbo']:.2f} ± {scored[-1]['error']:.2f}" if scored else ""
+    elbo = f"{scored['elbo']:.2f} ± {scored['error']:.2f}" if scored else ""
     cells = [model, threads, variant, len(_timed_runs(runs, variant)), f"{wall:,.0f}", f"{cpu:,.0f}", *ratios]
     cells += [GOALS[model].get(variant, ""), f"{peak:,.0f}", elbo]
     return f"| {' | '.join(map(str, cells))} |"
