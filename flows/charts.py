@@ -85,7 +85,7 @@ def score_chart(name: str, own: np.ndarray, rival: np.ndarray | None, rival_name
         f"Histogram of the {name} of {len(own):,} images: median {middle:.4g} nats, "
         f"nine in ten between {low:.4g} and {high:.4g}."
     )
-    return Chart("scores", f"{name} of each image", alt, f"{name}, nats", "images", tuple(series))
+    return Chart("scores", f"{name} of each image", alt, f"{name}, nats", "images a bin", tuple(series))
 
 
 def _over_steps(lines: list[dict[str, Any]], term: str, title: str, unit: str) -> Chart:
@@ -146,7 +146,7 @@ def plotly(chart: Chart) -> dict[str, Any]:
         )
     layout = {
         "xaxis": {"title": {"text": chart.x}},
-        "yaxis": {"title": {"text": ""}, "showticklabels": False}
+        "yaxis": {"title": {"text": ""}, "showticklabels": False, "ticks": ""}
         if heat
         else {"rangemode": "tozero" if chart.name == "active-units" else "normal"},
         "showlegend": len(chart.series) > 1,

@@ -122,6 +122,13 @@ class Page:
             for place, reconstruction in zip(places, reconstructions, strict=True)
         ]
 
+    def projected(self, name: str) -> str:
+        """How a projection of the map came about."""
+        if name == "UMAP":
+            return "laid out by UMAP so that neighbours stay neighbours; distances far apart mean little"
+        share = f"{self.shown.map.explained:.0%}"
+        return f"projected by PCA on the two directions in which they vary most ({share} of the variance)"
+
     def legend(self) -> list[dict[str, Any]]:
         """The map's labels with their colour, symbol and count; the rarest together as the last."""
         return [
