@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Paul Tol's "bright": told apart by the colour-blind, on white and on black.
-PALETTE = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")
+PALETTE = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377")
+GREY = "#BBBBBB"  # of what has no colour of its own
+SYMBOLS = {"circle": "o", "diamond": "D", "square": "s"}  # by matplotlib's names
+LABELS = len(PALETTE) * len(SYMBOLS)  # that colour and symbol together tell apart
 WIDEST = 64  # dimensions of a chart of them, those of the largest KL
 
 
@@ -172,22 +175,26 @@ def _draw(axes: Axes, chart: Chart) -> None:
     axes.set(xlabel=chart.x, ylabel="dimension, by KL" if heat else chart.y)
 
 
+def mark(place: int) -> tuple[str, str]:
+    """Colour and symbol of the map's label of that place.
+
+    >>> mark(0), mark(7)
+    (('#4477AA', 'circle'), ('#EE6677', 'diamond'))
+    """
+    return PALETTE[place % len(PALETTE)], list(SYMBOLS)[place // len(PALETTE) % len(SYMBOLS)]
+
+
 def map_png(points: np.ndarray, labels: Sequence[str | None], title: str) -> bytes:
     """The latent map (N, 2) as a PNG, coloured by label."""
 
     def draw(axes: Axes) -> None:
         names = sorted({label or "" for label in labels})
         of = np.array([label or "" for label in labels])
-        for name, color in zip(names, _colors(len(names)), strict=True):
-            axes.scatter(
-                points[of == name, 0],
-                points[of == name, 1],
-                s=3,
-                color=color,
-                label=_clipped(name) or None,
-                linewidths=0,
-            )
-        if 1 < len(names) <= 20:
+        for place, name in enumerate(names):
+            color, symbol = mark(place)
+            look: dict[str, Any] = {"s": 4, "color": color, "marker": SYMBOLS[symbol], "linewidths": 0}
+            axes.scatter(*points[of == name].T, label=_clipped(name) or None, **look)
+        if 1 < len(names) <= LABELS:
             axes.legend(frameon=False, markerscale=3, fontsize="small", bbox_to_anchor=(1, 1))
         axes.set_aspect("equal", "datalim")
 

@@ -53,11 +53,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def retrained(root: Path, images: Path) -> dict[str, Any]:
+def retrain(root: Path, images: Path, *settings: object) -> dict[str, Any]:
     geometry = ("--height", 8, "--width", 8, "--channels", 3)
     return run_json("retrain", "--source", f"folder:{images}", *geometry, "--preset", "digits",
-                    "--model-name", "vae-hostile", *SHORT, root=root)  # fmt: skip
+                    "--model-name", "vae-hostile", *SHORT, *settings, root=root)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def retrained(root: Path, images: Path) -> dict[str, Any]:
+    return retrain(root, images)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +119,39 @@ def test_the_settings_on_the_page_train_the_same_model(
     assert not again["changed"]
     assert again["trained"]["job"] == retrained["trained"]["job"]
     assert again["report"]["page"] == retrained["report"]["page"]
+
+
+TABLE = "rows => rows.map(row => [...row.cells].map(cell => cell.innerText))"
+
+
+def test_the_page_says_where_the_time_went(
+    browser: Browser, file: Path, retrained: dict[str, Any], client: mlflow.MlflowClient
+) -> None:
+    metrics = client.get_run(retrained["run_id"]).data.metrics
+    with opened(browser, file, 1600) as one:
+        rows = one.page.locator(".stages tbody tr").evaluate_all(TABLE)
+    assert [row[0].split()[0] for row in rows] == ["ingest", "train", "evaluate", "encode", "sample"]
+    for name, seconds, rate in rows:
+        step = name.split()[0]
+        assert float(seconds.replace(",", "")) == pytest.approx(metrics[f"time/{step}_seconds"], abs=0.06)
+        assert float(rate.replace(",", "")) == pytest.approx(metrics[f"time/{step}_per_second"], abs=0.6)
+    assert "%" in rows[3][0]  # which shares of it went to reading, decoding, the model and writing
+
+
+def test_a_challenger_stands_beside_the_champion_on_the_same_images(
+    browser: Browser, root: Path, images: Path, retrained: dict[str, Any]
+) -> None:
+    worse = retrain(root, images, "--epochs", 1)
+    with opened(browser, Path(worse["report"]["page"]), 1600) as one:
+        assert one.page.inner_text(".lead").startswith("Not promoted: ")
+        assert "This version" not in one.page.inner_text("#verdict")
+        head, *rows = one.page.locator(".scores tr").evaluate_all(TABLE)
+    assert [name.strip() for name in head] == ["", "this model", "version 1", "difference"]
+    elbo = next(row for row in rows if row[0].startswith("ELBO"))
+    own, champion, difference = (float(cell.split(" ± ")[0].replace("−", "-")) for cell in elbo[1:])
+    assert own == pytest.approx(worse["scores"]["scores"]["elbo"]["value"], abs=0.06)
+    assert champion == pytest.approx(retrained["scores"]["scores"]["elbo"]["value"], abs=0.06)
+    assert difference == pytest.approx(own - champion, abs=0.2)
 
 
 @pytest.mark.parametrize(("width", "theme"), [(360, "dark"), (360, "light"), (1600, "dark"), (1600, "light")])
