@@ -294,7 +294,8 @@ def close_labels(latents: np.ndarray, labels: np.ndarray) -> list[tuple[str, str
 
 def projections() -> list[str]:
     """Those of the map, by what is installed."""
-    return ["PCA", "UMAP"] if find_spec("umap") else ["PCA"]
+    found = find_spec("umap")
+    return ["PCA", "UMAP"] if found and found.origin else ["PCA"]  # without origin: a mere folder named so
 
 
 def umap(latents: np.ndarray) -> dict[str, np.ndarray]:

@@ -152,6 +152,7 @@ class LatentMap {
   paint() {
     const { context, canvas, points, middle: [x0, y0], xy: { x, y } } = this;
     const [{ width, height }, ratio, paper] = [canvas, devicePixelRatio || 1, rgb(colours().paper)];
+    if (!width || !height) return; // not laid out yet, or hidden
     const size = this.radius * ratio;
     const picture = context.createImageData(width, height);
     new Uint32Array(picture.data.buffer).fill(new Uint32Array(Uint8Array.of(...paper, 255).buffer)[0]);
