@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Paul Tol's "bright": told apart by the colour-blind, on white and on black.
-PALETTE = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")
+PALETTE = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377")
+GREY = "#BBBBBB"  # of what has no colour of its own
+SYMBOLS = {"circle": "o", "diamond": "D", "square": "s"}  # by matplotlib's names
+LABELS = len(PALETTE) * len(SYMBOLS)  # that colour and symbol together tell apart
 WIDEST = 64  # dimensions of a chart of them, those of the largest KL
 
 
@@ -85,7 +88,7 @@ def score_chart(name: str, own: np.ndarray, rival: np.ndarray | None, rival_name
         f"Histogram of the {name} of {len(own):,} images: median {middle:.4g} nats, "
         f"nine in ten between {low:.4g} and {high:.4g}."
     )
-    return Chart("scores", f"{name} of each image", alt, f"{name}, nats", "images", tuple(series))
+    return Chart("scores", f"{name} of each image", alt, f"{name}, nats", "images a bin", tuple(series))
 
 
 def _over_steps(lines: list[dict[str, Any]], term: str, title: str, unit: str) -> Chart:
@@ -146,7 +149,7 @@ def plotly(chart: Chart) -> dict[str, Any]:
         )
     layout = {
         "xaxis": {"title": {"text": chart.x}},
-        "yaxis": {"title": {"text": ""}, "showticklabels": False}
+        "yaxis": {"title": {"text": ""}, "showticklabels": False, "ticks": ""}
         if heat
         else {"rangemode": "tozero" if chart.name == "active-units" else "normal"},
         "showlegend": len(chart.series) > 1,
@@ -172,22 +175,26 @@ def _draw(axes: Axes, chart: Chart) -> None:
     axes.set(xlabel=chart.x, ylabel="dimension, by KL" if heat else chart.y)
 
 
+def mark(place: int) -> tuple[str, str]:
+    """Colour and symbol of the map's label of that place.
+
+    >>> mark(0), mark(7)
+    (('#4477AA', 'circle'), ('#EE6677', 'diamond'))
+    """
+    return PALETTE[place % len(PALETTE)], list(SYMBOLS)[place // len(PALETTE) % len(SYMBOLS)]
+
+
 def map_png(points: np.ndarray, labels: Sequence[str | None], title: str) -> bytes:
     """The latent map (N, 2) as a PNG, coloured by label."""
 
     def draw(axes: Axes) -> None:
         names = sorted({label or "" for label in labels})
         of = np.array([label or "" for label in labels])
-        for name, color in zip(names, _colors(len(names)), strict=True):
-            axes.scatter(
-                points[of == name, 0],
-                points[of == name, 1],
-                s=3,
-                color=color,
-                label=_clipped(name) or None,
-                linewidths=0,
-            )
-        if 1 < len(names) <= 20:
+        for place, name in enumerate(names):
+            color, symbol = mark(place)
+            look: dict[str, Any] = {"s": 4, "color": color, "marker": SYMBOLS[symbol], "linewidths": 0}
+            axes.scatter(*points[of == name].T, label=_clipped(name) or None, **look)
+        if 1 < len(names) <= LABELS:
             axes.legend(frameon=False, markerscale=3, fontsize="small", bbox_to_anchor=(1, 1))
         axes.set_aspect("equal", "datalim")
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from flows.charts import PALETTE, Chart, plotly
+from flows.charts import GREY, LABELS, Chart, mark, plotly
 from flows.dossier import Dossier
 from flows.facts import context, number
 from flows.figures import shrink, tile, webp
@@ -25,8 +25,6 @@ SIDE = 64  # pixels that an image's longer side has at most in the page
 SHOWN = 56  # pixels on the screen that a small image is enlarged to, about
 SPRITE = 8_000_000  # pixels of all the map's images together, which keeps them under 3 MB
 LOSSLESS = 700_000  # bytes of a sheet's pixels up to which it is kept to the bit
-LABELS = 20  # that the map tells apart; the rarer ones are shown as one
-SYMBOLS = ("circle", "diamond", "square")
 
 
 @dataclass(frozen=True)
@@ -122,20 +120,24 @@ class Page:
             for place, reconstruction in zip(places, reconstructions, strict=True)
         ]
 
+    def projected(self, name: str) -> str:
+        """How a projection of the map came about."""
+        if name == "UMAP":
+            return "laid out by UMAP so that neighbours stay neighbours; distances far apart mean little"
+        share = f"{self.shown.map.explained:.0%}"
+        return f"projected by PCA on the two directions in which they vary most ({share} of the variance)"
+
     def legend(self) -> list[dict[str, Any]]:
         """The map's labels with their colour, symbol and count; the rarest together as the last."""
-        return [
-            {
-                "name": name,
-                "color": PALETTE[-1] if other else PALETTE[n % (len(PALETTE) - 1)],
-                "symbol": "circle" if other else SYMBOLS[n // (len(PALETTE) - 1) % len(SYMBOLS)],
-                "count": count,
-            }
-            for n, (name, count, other) in enumerate(self._labels)
-        ]
+        rows = []
+        for place, (name, count, other) in enumerate(self._labels):
+            color, symbol = (GREY, "circle") if other else mark(place)
+            rows.append({"name": name, "color": color, "symbol": symbol, "count": count})
+        return rows
 
     @cached_property
     def _labels(self) -> list[tuple[str, int, bool]]:
+        """Each label, its count, and whether it stands for all the rarer ones."""
         counts = Counter(self.sitter.shown.labels[place] or "no label" for place in self.shown.map.places)
         common = sorted(name for name, _ in counts.most_common(LABELS))
         rest = sum(counts.values()) - sum(counts[name] for name in common)

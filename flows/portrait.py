@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -124,6 +125,10 @@ class Sitter:
             Pairs(title, places, self.shown.images[places], self.decode(self.latents[places]))
             for title, places in chosen.items()
         ]
+
+    def samples(self) -> list[Samples]:
+        """From the prior and from what the latents of training images are like, where there are such."""
+        return [one for one in (self.prior_samples(), self.posterior_samples()) if one]
 
     def prior_samples(self) -> Samples | None:
         """From the prior, at each temperature; None where the model has none."""
@@ -287,12 +292,16 @@ def close_labels(latents: np.ndarray, labels: np.ndarray) -> list[tuple[str, str
     return chosen
 
 
+def projections() -> list[str]:
+    """Those of the map, by what is installed."""
+    found = find_spec("umap")
+    return ["PCA", "UMAP"] if found and found.origin else ["PCA"]  # without origin: a mere folder named so
+
+
 def umap(latents: np.ndarray) -> dict[str, np.ndarray]:
     """The points (N, 2) by UMAP, where it is installed and there are neighbours enough."""
-    try:
-        from umap import UMAP
-    except ImportError:
+    if "UMAP" not in projections() or len(latents) <= 15:  # its own number of neighbours
         return {}
-    if len(latents) <= 15:  # its own number of neighbours
-        return {}
+    from umap import UMAP
+
     return {"UMAP": np.asarray(UMAP(random_state=0).fit_transform(latents))}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from prefect import flow, task
@@ -21,7 +23,8 @@ from flows.dossier import Dossier, open_dossier
 from flows.facts import per_image
 from flows.jobs import digest, job_store, put_record, read_record
 from flows.page import ASSETS, Page, Shown
-from flows.portrait import FITTED, OWN, Sitter
+from flows.portrait import FITTED, OWN, Sitter, projections
+from flows.progress import progress
 from flows.results import Reported
 from flows.tracking import Run, tracked
 
@@ -39,7 +42,7 @@ def report(config: Report) -> Reported:
         program = [(ASSETS / name).read_text() for name in ("report.html", "report.css", "report.js")]
         # Asked for by itself, the page is to say who is champion today; a retrain's own stays as it was.
         today = [vars(move) for move in dossier.moves] if run.command == "report" else []
-        key = digest(dossier.identity, today, config.points, config.seed, program)
+        key = digest(dossier.identity, today, config.points, config.seed, program, projections())
         store = job_store(config.root, dossier.home, "reports", key)
         if (record := read_record(store, "report.json")) is not None:
             logger.info("report: unchanged, %s is drawn", dossier.model.uri)
@@ -98,20 +101,26 @@ def some(images: Resident) -> Resident:
 
 
 def look(config: Report, dossier: Dossier, sitter: Sitter) -> Shown:
-    """Everything that the page shows."""
+    """Everything that the page shows, part by part, which for a large model takes a while."""
     kl = dossier.scores.scores.get("kl_per_dim")
     rival = per_image(dossier, dossier.rival).get(dossier.scores.headline) if dossier.rival else None
-    samples = (sitter.prior_samples(), sitter.posterior_samples())
-    return Shown(
-        pairs=sitter.pairs(),
-        samples=[one for one in samples if one],
-        interpolations=sitter.interpolations(),
-        edits=sitter.edits(),
-        traversals=sitter.traversals(kl["value"] if kl else None),
-        map=sitter.map(config.points),
-        charts=charts.training_charts(dossier.history),
-        scores=charts.score_chart(dossier.score_name, sitter.scores, rival, dossier.rival_name),
-    )
+    parts: dict[str, Callable[[], Any]] = {
+        "pairs": sitter.pairs,
+        "samples": sitter.samples,
+        "interpolations": sitter.interpolations,
+        "edits": sitter.edits,
+        "traversals": lambda: sitter.traversals(kl["value"] if kl else None),
+        "map": lambda: sitter.map(config.points),
+        "charts": lambda: charts.training_charts(dossier.history),
+        "scores": lambda: charts.score_chart(dossier.score_name, sitter.scores, rival, dossier.rival_name),
+    }
+    found = {}
+    with progress("report") as advance:
+        for done, (name, draw_part) in enumerate(parts.items()):
+            advance(done, len(parts), name)
+            found[name] = draw_part()
+        advance(len(parts), len(parts), "parts")
+    return Shown(**found)
 
 
 def pictures(sitter: Sitter, shown: Shown) -> dict[str, bytes]:

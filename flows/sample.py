@@ -11,6 +11,7 @@ import numpy as np
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
+from data.clock import spent
 from data.store import open_store
 from data.tables import write_samples
 from flows.config import Sample
@@ -97,6 +98,7 @@ class Sampler:
         from vae.sample import sample_mixture
 
         config, device = self.config, pick_device(self.config.device)
-        if config.prior == "mixture":
-            return sample_mixture(self.network, *self.mixture, indices, config.seed, device)
-        return draw(self.network, indices, config.seed, config.temperature, device)
+        with spent("model"):
+            if config.prior == "mixture":
+                return sample_mixture(self.network, *self.mixture, indices, config.seed, device)
+            return draw(self.network, indices, config.seed, config.temperature, device)

@@ -87,13 +87,12 @@ let latentMap = null;
 
 class LatentMap {
   constructor(points, place) {
-    Object.assign(this, { points, place, hidden: new Set(), at: null });
+    Object.assign(this, { points, place, hidden: new Set(), at: null, found: {} });
     this.canvas = find("canvas", place);
     this.context = this.canvas.getContext("2d");
     this.projection = Object.keys(points.projections)[0];
     this.colour = points.legend.length > 1 ? "label" : "score";
     this.count = points.ids.length;
-    this.radius = this.count > 2000 ? 2 : 3.5;
     const sorted = Float64Array.from(points.score).sort();
     this.limits = [sorted[Math.floor((this.count - 1) * 0.02)], sorted[Math.ceil((this.count - 1) * 0.98)]];
     new ResizeObserver(() => this.resize()).observe(place);
@@ -116,15 +115,21 @@ class LatentMap {
   all() {
     const { x, y } = this.xy;
     const [left, right, low, high] = [Math.min(...x), Math.max(...x), Math.min(...y), Math.max(...y)];
-    this.scale = 0.93 * Math.min(this.width / (right - left || 1), this.height / (high - low || 1));
+    this.scale = this.whole = 0.93 * Math.min(this.width / (right - left || 1), this.height / (high - low || 1));
     this.middle = [(left + right) / 2, (low + high) / 2];
     this.draw();
   }
 
-  pixel(point) {
-    const [x, y] = this.middle;
-    return [(this.xy.x[point] - x) * this.scale + this.width / 2, (y - this.xy.y[point]) * this.scale + this.height / 2];
+  // Of a point, in pixels of the page: small where there are many, larger as one zooms in.
+  get radius() { return (this.count > 2000 ? 2 : 3.5) * Math.max(1, Math.min(3, Math.sqrt(this.scale / this.whole))); }
+
+  // Where a place of the projection is on the map, in pixels of the page.
+  placeOf(x, y) {
+    const [x0, y0] = this.middle;
+    return [(x - x0) * this.scale + this.width / 2, (y0 - y) * this.scale + this.height / 2];
   }
+
+  pixel(point) { return this.placeOf(this.xy.x[point], this.xy.y[point]); }
 
   zoom(factor, left = this.width / 2, top = this.height / 2) {
     const [dx, dy] = [(left - this.width / 2) / this.scale, (this.height / 2 - top) / this.scale];
@@ -143,21 +148,26 @@ class LatentMap {
     this.asked = requestAnimationFrame(() => { this.asked = 0; this.paint(); });
   }
 
+  // By pixels: ten thousand pictures a frame, drawn one by one, would take four times as long.
   paint() {
-    const { context, points, radius } = this;
-    context.clearRect(0, 0, this.width, this.height);
-    const markers = this.colour === "label"
-      ? points.legend.map((one) => marker(one.color, one.symbol, radius))
-      : CIVIDIS.map((color) => marker(color, "circle", radius));
-    const half = markers[0].width / 2 / (devicePixelRatio || 1);
+    const { context, canvas, points, middle: [x0, y0], xy: { x, y } } = this;
+    const [{ width, height }, ratio, paper] = [canvas, devicePixelRatio || 1, rgb(colours().paper)];
+    if (!width || !height) return; // not laid out yet, or hidden
+    const size = this.radius * ratio;
+    const picture = context.createImageData(width, height);
+    new Uint32Array(picture.data.buffer).fill(new Uint32Array(Uint8Array.of(...paper, 255).buffer)[0]);
+    const byLabel = this.colour === "label";
+    const stamps = byLabel
+      ? points.legend.map((one) => stamp(one.color, one.symbol, size))
+      : CIVIDIS.map((color) => stamp(color, "circle", size));
     for (let point = 0; point < this.count; point++) {
       if (!this.visible(point)) continue;
-      const [x, y] = this.pixel(point);
-      if (x < -half || y < -half || x > this.width + half || y > this.height + half) continue;
-      const which = this.colour === "label" ? points.label[point] : this.step(points.score[point]);
-      context.drawImage(markers[which], x - half, y - half, 2 * half, 2 * half);
+      const left = Math.round(((x[point] - x0) * this.scale + this.width / 2) * ratio);
+      const top = Math.round(((y0 - y[point]) * this.scale + this.height / 2) * ratio);
+      press(stamps[byLabel ? points.label[point] : this.step(points.score[point])], picture, left, top);
     }
-    if (this.colour === "label" && points.legend.length > 1) this.name();
+    context.putImageData(picture, 0, 0);
+    if (byLabel && points.legend.length > 1) this.name();
     this.hide();
   }
 
@@ -173,13 +183,20 @@ class LatentMap {
     context.font = `600 13px ${getComputedStyle(find("nav")).fontFamily}`;
     Object.assign(context, { textAlign: "center", textBaseline: "middle", lineWidth: 4, lineJoin: "round", strokeStyle: paper, fillStyle: ink });
     points.legend.forEach((one, kind) => {
-      const own = points.label.flatMap((label, point) => (label === kind ? [this.pixel(point)] : []));
-      if (!own.length || this.hidden.has(kind)) return;
-      const [x, y] = [0, 1].map((axis) => own.map((at) => at[axis]).sort((a, b) => a - b)[own.length >> 1]);
+      if (this.hidden.has(kind)) return;
+      const [left, top] = this.placeOf(...this.centres[kind]);
       const name = one.name.length > 18 ? `${one.name.slice(0, 17)}…` : one.name;
-      context.strokeText(name, x, y);
-      context.fillText(name, x, y);
+      context.strokeText(name, left, top);
+      context.fillText(name, left, top);
     });
+  }
+
+  // The median of each label's points, found once for each projection.
+  get centres() {
+    const { label, legend } = this.points;
+    const median = (values) => values.sort((a, b) => a - b)[values.length >> 1];
+    return (this.found[this.projection] ??= legend.map((_, kind) =>
+      [this.xy.x, this.xy.y].map((axis) => median(axis.filter((_, point) => label[point] === kind)))));
   }
 
   nearest(left, top, within, fits = () => true) {
@@ -196,7 +213,7 @@ class LatentMap {
   }
 
   // To the nearest point that lies within 45 degrees of a direction.
-  step_to(dx, dy) {
+  stepTo(dx, dy) {
     const [left, top] = this.at === null ? [this.width / 2, this.height / 2] : this.pixel(this.at);
     const ahead = (point, x, y) => this.at === null || (point !== this.at && x * dx + y * dy > 2 && Math.abs(x * dy + y * dx) <= x * dx + y * dy);
     const found = this.nearest(left, top, Infinity, ahead);
@@ -234,24 +251,39 @@ class LatentMap {
   }
 }
 
-// A small picture of a point, drawn once and stamped ten thousand times.
-function marker(color, symbol, radius) {
-  const scale = devicePixelRatio || 1;
-  const picture = document.createElement("canvas");
-  picture.width = picture.height = Math.ceil(2 * (radius + 1) * scale);
-  const context = picture.getContext("2d");
-  const middle = picture.width / 2;
-  const size = radius * scale;
-  Object.assign(context, { fillStyle: color, globalAlpha: 0.8 });
-  context.translate(middle, middle);
+const rgb = (colour) => colour.match(/[\d.]+/g).slice(0, 3).map(Number);
+
+// A point's mark as pixels, drawn once and pressed ten thousand times: where each is, and how much it covers.
+function stamp(color, symbol, size) {
+  const side = 2 * Math.ceil(size + 1) + 1;
+  const context = Object.assign(document.createElement("canvas"), { width: side, height: side }).getContext("2d");
+  context.globalAlpha = 0.8;
+  context.translate(side / 2, side / 2);
   context.beginPath();
   if (symbol === "circle") context.arc(0, 0, size, 0, 7);
   else {
     if (symbol === "diamond") context.rotate(Math.PI / 4);
     context.rect(-size * 0.9, -size * 0.9, size * 1.8, size * 1.8);
   }
+  context.fillStyle = color;
   context.fill();
-  return picture;
+  const { data } = context.getImageData(0, 0, side, side);
+  const reach = side >> 1;
+  const covered = [...Array(side * side).keys()].filter((at) => data[4 * at + 3]);
+  const marks = covered.map((at) => [(at % side) - reach, Math.floor(at / side) - reach, data[4 * at + 3] / 255]);
+  const [red, green, blue] = [1, 3, 5].map((at) => parseInt(color.slice(at, at + 2), 16));
+  return { marks, reach, red, green, blue };
+}
+
+// Lay a stamp over a picture, unless it would cross the edge.
+function press({ marks, reach, red, green, blue }, { data, width, height }, left, top) {
+  if (left < reach || top < reach || left >= width - reach || top >= height - reach) return;
+  for (const [dx, dy, cover] of marks) {
+    const at = 4 * ((top + dy) * width + left + dx);
+    data[at] += (red - data[at]) * cover;
+    data[at + 1] += (green - data[at + 1]) * cover;
+    data[at + 2] += (blue - data[at + 2]) * cover;
+  }
 }
 
 // Drag to pan, pinch to zoom; the wheel zooms once the map has the focus, so that it does not trap a scroll.
@@ -287,7 +319,7 @@ function steer(map) {
     map.zoom(Math.exp(-event.deltaY / 400), ...spot(event));
   }, { passive: false });
   const keys = {
-    ArrowLeft: () => map.step_to(-1, 0), ArrowRight: () => map.step_to(1, 0), ArrowUp: () => map.step_to(0, -1), ArrowDown: () => map.step_to(0, 1),
+    ArrowLeft: () => map.stepTo(-1, 0), ArrowRight: () => map.stepTo(1, 0), ArrowUp: () => map.stepTo(0, -1), ArrowDown: () => map.stepTo(0, 1),
     "+": () => map.zoom(1.6), "=": () => map.zoom(1.6), "-": () => map.zoom(1 / 1.6), 0: () => map.all(), Escape: () => map.hide(),
   };
   place.addEventListener("keydown", (event) => {
@@ -327,7 +359,11 @@ function explain(map) {
   });
   find("#colour").value = map.colour;
   find("#colour").addEventListener("change", (event) => { map.colour = event.target.value; recolour(); });
-  find("#projection")?.addEventListener("change", (event) => { map.projection = event.target.value; map.all(); });
+  find("#projection")?.addEventListener("change", (event) => {
+    map.projection = event.target.value;
+    for (const note of all("[data-projection]")) note.hidden = note.dataset.projection !== map.projection;
+    map.all();
+  });
   recolour();
 }
 
