@@ -1,4 +1,7 @@
-"""What training takes of the host's memory, as the kernel counted it for processes of their own."""
+"""What training takes of the host's memory, as the kernel counted it for processes of their own.
+
+Not ru_maxrss, which a process has from the one that began it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from functools import cache
 
 # Images of 12 KiB in blocks of 12 MiB, made when they are read, as the files of a snapshot are.
 TRAINING = """
-import resource, sys
+import re, sys
 import numpy as np
 from vae.config import FlatConfig, TrainConfig
 from vae.train import fit
@@ -23,7 +26,7 @@ class Made:
 model = FlatConfig(height=64, width=64, channels=3, network="mlp", hidden=(8,), latent_dim=2)
 config = TrainConfig(epochs=1, batch_size=100, shuffle_mib=24, log_every=1000, checkpoint_every=1000)
 fit(model, config, Made(int(sys.argv[1])), budget=int(sys.argv[2]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024)
 """
 MIB = 2**20
 FEW, MANY = 5000, 13_000  # more than the two windows that a stream holds

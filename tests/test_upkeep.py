@@ -38,7 +38,7 @@ def test_list_and_show(capsys: pytest.CaptureFixture[str], tmp_path: Path, table
     assert shown["about"]["lineage"]["model"] == "models:/toy/1"
     assert main(["tables", "show", table]) == 0
     printed = capsys.readouterr().out
-    for words in ("snapshot 1, 12 rows, 1 rejected, 1 duplicates", "models:/toy/1", "pyarrow"):
+    for words in ("snapshot 1, 12 rows, 1 rejected, 1 duplicate", "models:/toy/1", "pyarrow"):
         assert words in printed
 
 
