@@ -123,38 +123,27 @@ def _outline(name: str, values: np.ndarray, edges: np.ndarray, area: bool = Fals
 
 def plotly(chart: Chart) -> dict[str, Any]:
     """The chart as plotly's JSON; the page adds its own colours of text and grid."""
-    data: list[dict[str, Any]] = [
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": one.name,
-            "x": _short(one.x),
-            "y": _short(one.y),
-            "line": {"color": color, "width": 1.5 if one.area else 2},
-            **({"fill": "tozeroy", "hoverinfo": "skip"} if one.area else {}),
-        }
-        for one, color in zip(chart.series, _colors(len(chart.series)), strict=True)
-    ]
-    if (heat := chart.heat) is not None:
-        bar = {"thickness": 12, "outlinewidth": 0, "title": {"text": chart.y, "side": "right"}}
-        data.append(
-            {
-                "type": "heatmap",
-                "x": heat.x,
-                "y": heat.rows,
-                "z": heat.values,
-                "colorscale": "Cividis",
-                "colorbar": bar,
-            }
-        )
-    layout = {
-        "xaxis": {"title": {"text": chart.x}},
-        "yaxis": {"title": {"text": ""}, "showticklabels": False, "ticks": ""}
-        if heat
-        else {"rangemode": "tozero" if chart.name == "active-units" else "normal"},
-        "showlegend": len(chart.series) > 1,
-    }
+    colors = _colors(len(chart.series))
+    data = [_trace(one, color) for one, color in zip(chart.series, colors, strict=True)]
+    y: dict[str, Any] = {"rangemode": "tozero" if chart.name == "active-units" else "normal"}
+    if chart.heat is not None:
+        data.append(_heatmap(chart.heat, chart.y))
+        y = {"showticklabels": False, "ticks": ""}  # rows have names, and there may be too many to print
+    layout = {"xaxis": {"title": {"text": chart.x}}, "yaxis": y, "showlegend": len(chart.series) > 1}
     return {"data": data, "layout": layout}
+
+
+def _trace(one: Series, color: str) -> dict[str, Any]:
+    line = {"color": color, "width": 1.5 if one.area else 2}
+    trace = {"type": "scatter", "mode": "lines", "name": one.name, "line": line}
+    filled = {"fill": "tozeroy", "hoverinfo": "skip"} if one.area else {}
+    return {**trace, "x": _short(one.x), "y": _short(one.y), **filled}
+
+
+def _heatmap(heat: Heat, unit: str) -> dict[str, Any]:
+    bar = {"thickness": 12, "outlinewidth": 0, "title": {"text": unit, "side": "right"}}
+    values = {"x": heat.x, "y": heat.rows, "z": heat.values}
+    return {"type": "heatmap", **values, "colorscale": "Cividis", "colorbar": bar}
 
 
 def png(chart: Chart) -> bytes:

@@ -22,7 +22,7 @@ from flows.portrait import OUTLIERS, OWN, TEMPERATURES, Film, Map, Pairs, Sample
 
 ASSETS = files("flows") / "assets"
 SIDE = 64  # pixels that an image's longer side has at most in the page
-SHOWN = 56  # pixels on the screen that a small image is enlarged to, about
+SHOWN = 56  # pixels of the screen that a small image's longer side is enlarged to, about
 SPRITE = 8_000_000  # pixels of all the map's images together, which keeps them under 3 MB
 LOSSLESS = 700_000  # bytes of a sheet's pixels up to which it is kept to the bit
 
@@ -48,8 +48,9 @@ class Page:
         self.dossier, self.sitter, self.shown = dossier, sitter, shown
         _, height, width = sitter.model.config.image_shape
         shrunk = min(1.0, SIDE / max(height, width))
+        # Of an image in the page's sheets; and how wide a small one is on the screen.
         self.width, self.height = max(1, round(width * shrunk)), max(1, round(height * shrunk))
-        self.zoom = max(1, round(SHOWN / max(self.width, self.height)))
+        self.cell = self.width * max(1, round(SHOWN / max(self.width, self.height)))
 
     def html(self) -> str:
         """The whole file."""

@@ -95,6 +95,21 @@ class Meter:
         self.last = State(self.step, done, total, now - self.started, rate, stages, words)
         return self.last
 
+    def times(self) -> dict[str, float]:
+        """The step's time, rate, and the share of each stage, as metrics; none where nothing was done here.
+
+        Unlike a rate on the way, this one is over all the seconds: to list a source, to load a model count.
+        """
+        state, (before, _) = self.last, self.first or (0, 0.0)
+        if state is None or state.done <= before:
+            return {}
+        whole = sum(state.stages.values())
+        return {
+            f"time/{self.step}_seconds": state.seconds,
+            f"time/{self.step}_per_second": (state.done - before) / state.seconds,
+            **{f"time/{self.step}_share_{name}": value / whole for name, value in state.stages.items()},
+        }
+
 
 @contextmanager
 def progress(step: str, run: Run | None = None) -> Iterator[Advance]:
@@ -125,19 +140,8 @@ def progress(step: str, run: Run | None = None) -> Iterator[Advance]:
 
         with clock.watching(passed):
             yield advance
-    if run is not None and meter.last is not None and meter.last.rate:
-        run.log_metrics(_times(meter.last))
-
-
-def _times(state: State) -> dict[str, float]:
-    """A step's time, rate, and the share of each stage, as metrics."""
-    whole = sum(state.stages.values())
-    shares = {f"time/{state.step}_share_{name}": value / whole for name, value in state.stages.items()}
-    return {
-        f"time/{state.step}_seconds": state.seconds,
-        f"time/{state.step}_per_second": state.rate,
-        **shares,
-    }
+    if run is not None and (times := meter.times()):
+        run.log_metrics(times)
 
 
 class _Far:

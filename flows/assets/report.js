@@ -83,11 +83,13 @@ function drawChart(place) {
 // -- the latent map: on a canvas of its own, since plotly alone takes a second to start and WebGL may be missing
 
 const CIVIDIS = ["#00204d", "#00336f", "#39486b", "#575c6d", "#707173", "#8a8779", "#a69d75", "#c4b56c", "#e4cf5b", "#ffea46"];
+// Without the end that would vanish against the paper.
+const shades = () => (isDark() ? CIVIDIS.slice(3) : CIVIDIS.slice(0, -2));
 let latentMap = null;
 
 class LatentMap {
   constructor(points, place) {
-    Object.assign(this, { points, place, hidden: new Set(), at: null, found: {} });
+    Object.assign(this, { points, place, hidden: new Set(), at: null, medians: {} });
     this.canvas = find("canvas", place);
     this.context = this.canvas.getContext("2d");
     this.projection = Object.keys(points.projections)[0];
@@ -108,11 +110,11 @@ class LatentMap {
     [this.width, this.height] = [this.place.clientWidth, this.place.clientHeight];
     [this.canvas.width, this.canvas.height] = [this.width * scale, this.height * scale];
     this.context.setTransform(scale, 0, 0, scale, 0, 0);
-    this.all();
+    this.reset();
   }
 
   // Both axes at one scale, all points in view.
-  all() {
+  reset() {
     const { x, y } = this.xy;
     const [left, right, low, high] = [Math.min(...x), Math.max(...x), Math.min(...y), Math.max(...y)];
     this.scale = this.whole = 0.93 * Math.min(this.width / (right - left || 1), this.height / (high - low || 1));
@@ -159,21 +161,22 @@ class LatentMap {
     const byLabel = this.colour === "label";
     const stamps = byLabel
       ? points.legend.map((one) => stamp(one.color, one.symbol, size))
-      : CIVIDIS.map((color) => stamp(color, "circle", size));
+      : shades().map((color) => stamp(color, "circle", size));
     for (let point = 0; point < this.count; point++) {
       if (!this.visible(point)) continue;
       const left = Math.round(((x[point] - x0) * this.scale + this.width / 2) * ratio);
       const top = Math.round(((y0 - y[point]) * this.scale + this.height / 2) * ratio);
-      press(stamps[byLabel ? points.label[point] : this.step(points.score[point])], picture, left, top);
+      press(stamps[byLabel ? points.label[point] : this.shade(points.score[point], stamps.length)], picture, left, top);
     }
     context.putImageData(picture, 0, 0);
     if (byLabel && points.legend.length > 1) this.name();
     this.hide();
   }
 
-  step(score) {
+  // Which of so many shades a score gets.
+  shade(score, count) {
     const [low, high] = this.limits;
-    return Math.max(0, Math.min(CIVIDIS.length - 1, Math.floor(((score - low) / (high - low || 1)) * CIVIDIS.length)));
+    return Math.max(0, Math.min(count - 1, Math.floor(((score - low) / (high - low || 1)) * count)));
   }
 
   // Each label's name at the middle of its points, so that colour is not all that tells them apart.
@@ -182,10 +185,15 @@ class LatentMap {
     const { paper, ink } = colours();
     context.font = `600 13px ${getComputedStyle(find("nav")).fontFamily}`;
     Object.assign(context, { textAlign: "center", textBaseline: "middle", lineWidth: 4, lineJoin: "round", strokeStyle: paper, fillStyle: ink });
+    const taken = [];
     points.legend.forEach((one, kind) => {
       if (this.hidden.has(kind)) return;
-      const [left, top] = this.placeOf(...this.centres[kind]);
+      let [left, top] = this.placeOf(...this.centres[kind]);
       const name = one.name.length > 18 ? `${one.name.slice(0, 17)}…` : one.name;
+      const half = context.measureText(name).width / 2;
+      const clashes = (other) => Math.abs(other.left - left) < other.half + half + 4 && Math.abs(other.top - top) < 15;
+      while (taken.some(clashes)) top += 3;
+      taken.push({ left, top, half });
       context.strokeText(name, left, top);
       context.fillText(name, left, top);
     });
@@ -195,7 +203,7 @@ class LatentMap {
   get centres() {
     const { label, legend } = this.points;
     const median = (values) => values.sort((a, b) => a - b)[values.length >> 1];
-    return (this.found[this.projection] ??= legend.map((_, kind) =>
+    return (this.medians[this.projection] ??= legend.map((_, kind) =>
       [this.xy.x, this.xy.y].map((axis) => median(axis.filter((_, point) => label[point] === kind)))));
   }
 
@@ -320,7 +328,7 @@ function steer(map) {
   }, { passive: false });
   const keys = {
     ArrowLeft: () => map.stepTo(-1, 0), ArrowRight: () => map.stepTo(1, 0), ArrowUp: () => map.stepTo(0, -1), ArrowDown: () => map.stepTo(0, 1),
-    "+": () => map.zoom(1.6), "=": () => map.zoom(1.6), "-": () => map.zoom(1 / 1.6), 0: () => map.all(), Escape: () => map.hide(),
+    "+": () => map.zoom(1.6), "=": () => map.zoom(1.6), "-": () => map.zoom(1 / 1.6), 0: () => map.reset(), Escape: () => map.hide(),
   };
   place.addEventListener("keydown", (event) => {
     if (!(event.key in keys) || event.ctrlKey || event.metaKey) return;
@@ -329,7 +337,7 @@ function steer(map) {
   });
   find("#closer").addEventListener("click", () => map.zoom(1.6));
   find("#farther").addEventListener("click", () => map.zoom(1 / 1.6));
-  find("#all").addEventListener("click", () => map.all());
+  find("#all").addEventListener("click", () => map.reset());
 }
 
 // The labels as buttons that hide and show their points; for a score, the range of its colours.
@@ -338,9 +346,12 @@ function explain(map) {
   const legend = find(".legend");
   const scale = find("#scale");
   const [low, high] = map.limits.map((value) => Math.round(value).toString().replace("-", "−"));
-  scale.style.setProperty("--colours", CIVIDIS.join(","));
   scale.append(`${low} and less`, document.createElement("i"), `${high} nats and more`);
-  const recolour = () => { scale.hidden = map.colour === "label"; map.draw(); };
+  const recolour = () => {
+    scale.hidden = map.colour === "label";
+    scale.style.setProperty("--colours", shades().join(","));
+    map.draw();
+  };
   points.legend.forEach((one, kind) => {
     if (points.legend.length < 2) return;
     const button = Object.assign(document.createElement("button"), { type: "button" });
@@ -362,16 +373,16 @@ function explain(map) {
   find("#projection")?.addEventListener("change", (event) => {
     map.projection = event.target.value;
     for (const note of all("[data-projection]")) note.hidden = note.dataset.projection !== map.projection;
-    map.all();
+    map.reset();
   });
   recolour();
+  drawn.set(map.place, recolour); // and when the theme changes
 }
 
 function start() {
   latentMap = new LatentMap(JSON.parse(find("#points").textContent), find("#latent-map"));
   steer(latentMap);
   explain(latentMap);
-  drawn.set(latentMap.place, () => latentMap.draw());
   const near = new IntersectionObserver((entries) => {
     for (const { isIntersecting, target } of entries) {
       if (!isIntersecting) continue;
