@@ -168,7 +168,7 @@ def stopped(name: str, fault: str, when: int, folder: Path, shared: Path) -> tup
         shutil.copytree(shared / "seed", root)
     ended = injected(lambda: body(images, root), fault, when, folder / "log")
     met = ended.code != 0
-    place = "'/" if fault.startswith("openat") else str(root)  # a library's own file may be refused as well
+    place = "/" if fault.startswith("openat") else str(root)  # what is read may be refused as well
     if met and "error" in fault and place not in str(ended.value):
         return Found(broken=1, note=f"{name} {fault} {when}: no path in {ended.value}"), True
     if met:
