@@ -35,9 +35,7 @@ def test_log_lines_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) 
         time.sleep(0.1)
         clock.add("write", 5.0)
         advance(1100, 1100, "images")
-    (line,) = {
-        said for said in caplog.messages if said.startswith("encode:")
-    }  # another test's handler repeats it
+    (line,) = {said for said in caplog.messages if said.startswith("encode:")}  # other handlers repeat it
     assert line.startswith("encode: 1,100/1,100 (100%) images, ")
     assert line.endswith(", mostly write")
     assert 300 < int(line.split(", ")[1].removesuffix("/s").replace(",", "")) <= 1000
