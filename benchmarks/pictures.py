@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from table import BUILD, RESULTS, ROOT, ROWS, SHAPE, Plan, write_page
-from training import Images, keep, train_for
+from table import BUILD, PAGE, RESULTS, ROOT, ROWS, SHAPE, Plan
+from training import Images, keep, train_for, write_section
 
 import vae
 from flows.jobs import digest
@@ -189,7 +189,7 @@ def compression(splits: dict[str, Images], data: str, plan: Plan) -> None:
         curves[size] = compression_curve(model, splits["test"].pixels, splits["train"].pixels[:5000])
     points = {size: [asdict(point) for point in curve] for size, curve in curves.items()}
     (RESULTS / "compression.json").write_text(json.dumps(points, indent=1) + "\n")
-    write_page("compression", compression_table(curves))
+    write_section(PAGE, "compression", "make table", compression_table(curves))
     figure, panels = plt.subplots(1, 2, figsize=(8, 3))
     for axes, name, unit in zip(panels, ("psnr", "ssim"), ("PSNR, dB", "SSIM"), strict=True):
         for size, curve in curves.items():

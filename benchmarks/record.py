@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from table import BINARY, ROOT, SHAPE, read
-from training import Images, keep, machine, read_idx
+from training import Images, keep, machine, read_idx, write_section
 
 import vae
 from vae.config import LadderConfig, TrainConfig
@@ -269,13 +269,6 @@ def _nats(score: list[float]) -> str:
     return f"{-score[0]:.2f} ± {score[1]:.2f}"
 
 
-def write_page() -> None:
-    """Put the table between the page's markers."""
-    head, rest = PAGE.read_text().split("<!-- records: make record -->")
-    _, foot = rest.split("<!-- end of records -->")
-    PAGE.write_text(f"{head}<!-- records: make record -->\n{table()}\n<!-- end of records -->{foot}")
-
-
 def miniature(row: Row, splits: dict[str, Images]) -> tuple[Row, dict[str, Images]]:
     """The row with 256 training images, two epochs, 20 test images and K = 10."""
     cut = {
@@ -312,7 +305,7 @@ def main() -> None:
     if not chosen.miniature:
         RECORDS.mkdir(exist_ok=True)
         (RECORDS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        write_page()
+        write_section(PAGE, "records", "make record", table())
     print("done" if done else "stopped at its time: the same command goes on")
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from training import Images, Training, in_turn, keep, machine, read_idx
+from training import Images, Training, in_turn, keep, machine, read_idx, write_section
 
 import vae
 from vae.config import AutoencoderConfig, FlatConfig, LadderConfig, ModelConfig, TrainConfig, model_config
@@ -316,13 +316,6 @@ def _pair_lines(data: str, plan: Plan) -> Iterator[str]:
         yield f"- {name}: higher by **{gain['mean']:.2f} nats**, {interval}."
 
 
-def write_page(section: str, text: str) -> None:
-    """Put text between the page's markers of a section."""
-    begin, end = f"<!-- {section}: make table -->", f"<!-- end of {section} -->"
-    head, rest = PAGE.read_text().split(begin)
-    PAGE.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -354,8 +347,8 @@ def main() -> None:
         run_group(groups[number], splits[groups[number][0].data])
     if chosen.groups:
         return
-    write_page("search", search_table())
-    write_page("table", table(list(sets), plan))
+    write_section(PAGE, "search", "make table", search_table())
+    write_section(PAGE, "table", "make table", table(list(sets), plan))
     if not chosen.no_pictures:
         from pictures import draw_all
 

@@ -151,6 +151,13 @@ def keep(model: Model, folder: Path) -> None:
         (folder / name).write_bytes(content)
 
 
+def write_section(page: Path, section: str, command: str, text: str) -> None:
+    """Put text between a page's markers of a section, which name the command that writes it."""
+    begin, end = f"<!-- {section}: {command} -->", f"<!-- end of {section} -->"
+    head, rest = page.read_text().split(begin)
+    page.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
 def machine() -> dict[str, Any]:
     """Where and with what a figure was measured."""
     return {

@@ -127,7 +127,7 @@ class FolderSource(ImageFiles):
                 info = _stat(self.root + unescape(key))
                 if info is not None:
                     ids.append(key)
-                    versions.append(f"{info.st_mtime_ns:x}-{info.st_size:x}")
+                    versions.append(_version(self.root + unescape(key), info))
                     sizes.append(info.st_size)
             if ids:
                 yield self.describe(ids, versions, sizes)
@@ -216,8 +216,26 @@ def _stat(path: bytes) -> os.stat_result | None:
         return None
 
 
+def _version(path: bytes, info: os.stat_result) -> str:
+    """By time and size; a file that cannot be opened is another version than once it can, to be read then."""
+    readable = os.access(path, os.R_OK, effective_ids=True)
+    return f"{info.st_mtime_ns:x}-{info.st_size:x}" + ("" if readable else "-unreadable")
+
+
 def read_regular(path: bytes, limits: Limits) -> bytes | Reject:
-    """A regular file's bytes; a link raises OSError(ELOOP), a pipe or a device is never waited on."""
+    """A regular file's bytes; a link raises OSError(ELOOP), a pipe or a device is never waited on.
+
+    What fails is tried once more: a reject stays in its table, and the hiccup of a disk should not.
+    """
+    try:
+        return _read_once(path, limits)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            raise
+        return _read_once(path, limits)
+
+
+def _read_once(path: bytes, limits: Limits) -> bytes | Reject:
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         info = os.fstat(descriptor)

@@ -195,8 +195,9 @@ def decode(data: bytes, path: DecodePath, *, name: str = "", limits: Limits = LI
     kind = _format(data, name, limits)
     if kind == "PNG" and (pixels := fast_png(data, limits)) is not None:
         return fit_pixels(pixels, path)
+    opener = _opener(kind)  # a decoder that cannot be loaded is the machine's fault, not the image's
     try:
-        image = _open(data, kind)
+        image = opener(io.BytesIO(data), "")
         _check_size(image, limits)
         stored = image.size
         _draft(image, path)
@@ -281,12 +282,11 @@ def _sniff(data: bytes) -> str | None:
     return None
 
 
-def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
+def _opener(kind: str) -> Callable[..., ImageFile.ImageFile]:
     """Pillow's own class for the format: no guessing among plugins, no process-wide size warning."""
     if kind not in Image.OPEN:
         Image.init()
-    factory: Callable[..., Any] = Image.OPEN[kind][0]
-    return factory(io.BytesIO(data), "")
+    return Image.OPEN[kind][0]
 
 
 def _draft(image: ImageFile.ImageFile, path: DecodePath) -> None:

@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +234,31 @@ def test_an_unfinished_snapshot_is_built_upon(tmp_path: Path) -> None:
     result = run(folder, tmp_path / "out")
     assert result.snapshot == 2
     assert any("/000001/" in file for file in table_files(result.uri))  # the shard done before is not redone
+    check(result.uri, folder)
+
+
+@pytest.fixture
+def nobody() -> Iterator[Path]:
+    """A folder for somebody to whom not every file is readable: root becomes nobody for the test."""
+    with tempfile.TemporaryDirectory() as folder:
+        if os.geteuid() == 0:
+            os.chown(folder, 65534, 65534)
+            os.seteuid(65534)
+        yield Path(folder)
+        if os.getuid() == 0:
+            os.seteuid(0)
+
+
+def test_a_file_is_read_once_its_permission_is_given(nobody: Path) -> None:
+    """Which changes neither its time nor its size."""
+    folder = folder_of(nobody / "in", range(12))
+    (folder / "0003.png").chmod(0)
+    with pytest.raises(TooManyRejectsError, match=r"1 of 12 images rejected.*0003.png \(unreadable\)"):
+        run(folder, nobody / "out")
+    assert run(folder, nobody / "out", share=0.1).reasons == {"unreadable": 1}
+    (folder / "0003.png").chmod(0o644)
+    result = run(folder, nobody / "out")
+    assert (result.rows, result.rejected) == (12, 0)
     check(result.uri, folder)
 
 
