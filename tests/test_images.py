@@ -256,3 +256,17 @@ def test_many_images_hash_as_each_of_them() -> None:
     assert images.pixel_hashes(several) == [images.pixel_hash(image) for image in several]
     assert images.pixel_hash(several[0]) != images.pixel_hash(several[0].reshape(3, 4, 1))
     assert images.pixel_hashes(several[:0]) == []
+
+
+def test_a_decoder_that_cannot_be_loaded_is_no_images_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no more files can be opened: a reject would stay in the table."""
+    monkeypatch.setattr(Image, "OPEN", {})
+
+    def refused() -> None:
+        raise PermissionError("GifImagePlugin.py")
+
+    monkeypatch.setattr(Image, "init", refused)
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, "GIF")
+    with pytest.raises(PermissionError, match="GifImagePlugin"):
+        decode(file.getvalue(), DecodePath(8, 8, 1))

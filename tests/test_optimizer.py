@@ -128,3 +128,15 @@ def test_its_state_is_all_that_the_next_steps_need() -> None:
     assert first.state().keys() == resumed.state().keys()
     for name in ("guard", "skipped", "0.step", "0.exp_avg"):
         assert torch.equal(first.state()[name], resumed.state()[name]), name
+
+
+def test_a_state_can_be_gone_back_to_again() -> None:
+    """After a second roll-back too: what is taken up is a copy of what was saved."""
+    network = model()
+    optimizer = Optimizer(network, TrainConfig(ema_decay=0.9))
+    follow(optimizer, network, [1.0, 1.1])
+    saved = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    kept = {name: tensor.clone() for name, tensor in saved.items()}
+    optimizer.restore(saved)
+    follow(optimizer, network, [0.7, 0.9])
+    assert all(torch.equal(saved[name], kept[name]) for name in kept)

@@ -162,5 +162,5 @@ class Optimizer:
 def _laid_out_as(parameter: Tensor, saved: Tensor) -> Tensor:
     """A fused optimizer needs its averages in the memory layout of their parameter."""
     if saved.shape != parameter.shape:  # Adam's step count
-        return saved.to(parameter.device)
+        return saved.to(parameter.device, copy=True)  # Adam counts in place, and may go back here twice
     return torch.empty_like(parameter).copy_(saved)

@@ -102,14 +102,17 @@ def trained(rng: np.random.Generator, images: np.ndarray, beta: float) -> Any:
     from vae.train import fit
 
     kind = AutoencoderConfig if beta < 1 and rng.random() < 1 / 6 else FlatConfig
+    network = str(rng.choice(["mlp", "conv"]))
+    # An MLP learns a mixture of logistics too slowly to be sound after these few steps.
+    likelihoods = ["gaussian", "discretized_logistic"] if network == "conv" else ["gaussian"]
     config = kind(
         height=SIZE,
         width=SIZE,
         channels=1,
-        network=str(rng.choice(["mlp", "conv"])),
+        network=network,
         hidden=(32, 64),
         latent_dim=4,
-        likelihood=str(rng.choice(["gaussian", "discretized_logistic"])),
+        likelihood=str(rng.choice(likelihoods)),
     )
     training = TrainConfig(
         epochs=25, batch_size=32, learning_rate=3e-3, beta=beta, seed=int(rng.integers(99))
