@@ -73,7 +73,7 @@ ANNEALED: dict[str, Any] = {
 ON_CPU = TrainConfig(
     **ANNEALED,
     epochs=50,
-    batch_size=128,
+    batch_size=64,
     learning_rate=4e-3,
     learning_rate_warmup_epochs=0.5,
     warmup_epochs=5.0,

@@ -57,7 +57,7 @@ def attempt(model: dict[str, Any], train: dict[str, Any], epochs: int, data: str
         epochs=epochs,
         warmup_epochs=ON_CPU.warmup_epochs * share,
         learning_rate_warmup_epochs=ON_CPU.learning_rate_warmup_epochs * share,
-        **train,
+        **{"batch_size": 128, **train},
     )
     began = time.process_time()
     trained = fit(config, settings, images.pixels[seen]).model

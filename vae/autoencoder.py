@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vae.config import AutoencoderConfig
 from vae.likelihood import Head, Likelihood
+from vae.linear import Linear
 from vae.model import Inference, Model
 from vae.networks import Decoder, Encoder
 from vae.pixels import corrupt, unit
@@ -37,7 +38,7 @@ class Autoencoder(Model):
         super().__init__(config)
         self.levels = ((config.latent_dim,),)
         self.encoder = Encoder(config)
-        self.code_head = nn.Linear(self.encoder.features, config.latent_dim)
+        self.code_head = Linear(self.encoder.features, config.latent_dim)
         self.likelihood = Head(config)
         self.decoder = Decoder(config, self.likelihood.channels)
 

@@ -17,11 +17,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vae import gaussian
 from vae.config import FlatConfig
 from vae.likelihood import Head, Likelihood
+from vae.linear import Linear
 from vae.model import Inference, Model, repeat_draws
 from vae.networks import Decoder, Encoder
 from vae.pixels import unit
@@ -44,7 +45,7 @@ class FlatVAE(Model):
         super().__init__(config)
         self.levels = ((config.latent_dim,),)
         self.encoder = Encoder(config)
-        self.posterior_head = nn.Linear(self.encoder.features, 2 * config.latent_dim)
+        self.posterior_head = Linear(self.encoder.features, 2 * config.latent_dim)
         self.likelihood = Head(config)
         self.decoder = Decoder(config, self.likelihood.channels)
         self.prior: StandardNormal | VampPrior = StandardNormal(config.latent_dim)

@@ -17,6 +17,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from vae.config import NetworkConfig
+from vae.linear import Linear
 
 
 def halvings(height: int, width: int, stages: int) -> list[tuple[int, int]]:
@@ -93,7 +94,7 @@ class Encoder(nn.Module):
         super().__init__()
         if config.network == "mlp":
             sizes = (math.prod(config.image_shape), *_hidden(config))
-            layers = [(nn.Linear(i, o), nn.ReLU()) for i, o in itertools.pairwise(sizes)]
+            layers = [(Linear(i, o), nn.ReLU()) for i, o in itertools.pairwise(sizes)]
             self.layers = nn.Sequential(nn.Flatten(), *itertools.chain.from_iterable(layers))
             self.features = sizes[-1]
         else:
@@ -123,7 +124,7 @@ class Decoder(nn.Module):
 
 def _mlp_decoder(config: NetworkConfig, image: tuple[int, int, int]) -> list[nn.Module]:
     sizes = (config.latent_dim, *reversed(_hidden(config)), math.prod(image))
-    layers = [(nn.ReLU(), nn.Linear(i, o)) for i, o in itertools.pairwise(sizes)]
+    layers = [(nn.ReLU(), Linear(i, o)) for i, o in itertools.pairwise(sizes)]
     _, *rest = itertools.chain.from_iterable(layers)  # no activation before the first layer
     return [*rest, nn.Unflatten(1, image)]
 
@@ -137,7 +138,7 @@ def _conv_decoder(config: NetworkConfig, image: tuple[int, int, int]) -> list[nn
         (nn.SiLU(), _up(kind, i, o, size))
         for (i, o), size in zip(itertools.pairwise(channels), sizes, strict=True)
     ]
-    start = [nn.Linear(config.latent_dim, math.prod(deepest)), nn.Unflatten(1, deepest)]
+    start = [Linear(config.latent_dim, math.prod(deepest)), nn.Unflatten(1, deepest)]
     return [*start, *itertools.chain.from_iterable(stages)]
 
 

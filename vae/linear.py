@@ -1,0 +1,98 @@
+"""Matrix products of layers, by whichever library is the faster on this processor.
+
+On an AMD processor with AVX-512, the MKL that torch calls for float32 products does not use those units, and
+oneDNN, which torch brings as well, does: twice the products a second (benchmarks/README.md). On any other the
+layer is torch's own. The choice depends on the processor alone, so a run repeats to the bit where it ran.
+
+Legend: N rows, in any number of leading dimensions; I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+NARROW = 64
+"""Below so many inputs or outputs the gradient of the weights is no faster by oneDNN."""
+
+
+class Linear(nn.Linear):
+    """torch's layer, x (..., I) -> (..., O), with the faster product.
+
+    >>> layer = Linear(3, 2)
+    >>> layer(torch.ones(4, 5, 3)).shape
+    torch.Size([4, 5, 2])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not _suits(input):
+            return super().forward(input)
+        rows = input.reshape(-1, self.in_features).contiguous()  # else oneDNN may be a thousand times slower
+        work = Product.apply if torch.is_grad_enabled() else product
+        found: Tensor = work(rows, self.weight, self.bias)
+        return found.view(*input.shape[:-1], self.out_features)
+
+
+class Product(torch.autograd.Function):
+    """x Wᵀ + b and its gradients, all by oneDNN but those that are too narrow for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        out, (x, weight) = gradients[0].contiguous(), ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        return (
+            product(out, weight.t()) if wants_x else None,
+            _of_weight(out, x) if wants_weight else None,
+            out.sum(0) if wants_bias else None,
+        )
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (N, I), weight (O, I), bias (O,) -> (N, O), by oneDNN."""
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return found
+
+
+def _of_weight(out: Tensor, x: Tensor) -> Tensor:
+    """(N, O), (N, I) -> (O, I)."""
+    if min(out.shape[1], x.shape[1]) < NARROW:
+        return out.t() @ x
+    return product(out.t(), x.t())
+
+
+def _suits(x: Tensor) -> bool:
+    """Whether it is one of real float32 numbers in main memory, outside of autocast and of a tracing."""
+    return (
+        type(x) is Tensor
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() > 0
+        and _onednn_is_faster()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+@cache
+def _onednn_is_faster() -> bool:
+    """Whether it is an AMD processor with AVX-512, and torch has the operation."""
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return there and torch.backends.cpu.get_cpu_capability() == "AVX512" and _vendor() == "AuthenticAMD"
+
+
+def _vendor() -> str:
+    """The processor's maker, as Linux tells it; empty elsewhere."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    return next((line.rpartition(": ")[2] for line in lines if line.startswith("vendor_id")), "")
