@@ -74,8 +74,8 @@ ON_CPU = TrainConfig(
     **ANNEALED,
     epochs=50,
     batch_size=64,
-    learning_rate=4e-3,
-    learning_rate_warmup_epochs=0.5,
+    learning_rate=2e-3,
+    learning_rate_warmup_epochs=1.0,
     warmup_epochs=5.0,
 )
 ON_GPU = TrainConfig(

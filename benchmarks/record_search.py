@@ -28,6 +28,7 @@ from vae.train import fit
 
 RESULTS = ROOT / "benchmarks/results/record_search.json"
 SCORED, K, SEED = 2000, 50, 0
+BASE: dict[str, Any] = {"batch_size": 128, "learning_rate": 4e-3}
 TWO: dict[str, Any] = {"strides": (4, 7), "levels": (1, 2), "latents": (4, 32)}
 CANDIDATES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "16 and 128 channels, one level a stage": (
@@ -56,8 +57,7 @@ def attempt(model: dict[str, Any], train: dict[str, Any], epochs: int, data: str
         ON_CPU,
         epochs=epochs,
         warmup_epochs=ON_CPU.warmup_epochs * share,
-        learning_rate_warmup_epochs=ON_CPU.learning_rate_warmup_epochs * share,
-        **{"batch_size": 128, **train},
+        **{**BASE, "learning_rate_warmup_epochs": 0.5 * share, **train},
     )
     began = time.process_time()
     trained = fit(config, settings, images.pixels[seen]).model

@@ -179,7 +179,8 @@ def stopped(name: str, fault: str, when: int, folder: Path, shared: Path) -> tup
 
 IMPORTS = (
     *("tests.test_tables", "data.snapshot", "data.upkeep", "flows.fitting", "vae.checkpoint"),
-    *("numpy.ctypeslib", "safetensors.torch", "cv2", "PIL.PngImagePlugin"),  # whose files must not be refused instead of ours
+    # Whose files must not be refused instead of ours.
+    *("numpy.ctypeslib", "safetensors.torch", "cv2", "PIL.PngImagePlugin"),
 )
 EXPERIMENTS = (
     Experiment(
