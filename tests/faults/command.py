@@ -108,6 +108,8 @@ def without_prefect(seed: int, folder: Path, shared: Path) -> Found:
             servers[0].kill()
             if seed % 2:
                 stack.enter_context(prefect_server(held, folder))
+            else:
+                held.close()  # or connections would be taken and never answered
 
         process = begin(folder / "root", shared, folder / "first", PREFECT_API_URL=url)
         code = end(process, rng.uniform(FIRST, LAST), restart)
