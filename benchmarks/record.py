@@ -73,7 +73,7 @@ ANNEALED: dict[str, Any] = {
 ON_CPU = TrainConfig(
     **ANNEALED,
     epochs=50,
-    batch_size=64,
+    batch_size=128,
     learning_rate=2e-3,
     learning_rate_warmup_epochs=1.0,
     warmup_epochs=5.0,

@@ -28,7 +28,7 @@ from vae.train import fit
 
 RESULTS = ROOT / "benchmarks/results/record_search.json"
 SCORED, K, SEED = 2000, 50, 0
-BASE: dict[str, Any] = {"batch_size": 128, "learning_rate": 4e-3}
+BASE: dict[str, Any] = {"learning_rate": 4e-3}
 TWO: dict[str, Any] = {"strides": (4, 7), "levels": (1, 2), "latents": (4, 32)}
 CANDIDATES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "16 and 128 channels, one level a stage": (
