@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import importlib.util
+import itertools
 import json
 import os
 import resource
@@ -167,27 +168,63 @@ def _timed(step: Callable[[], object], steps: int, warm: int, timed: int) -> dic
 
 
 def peer_network(name: str) -> Any:
-    """Our network as the peers' kind of module: x in [0, 1] -> (probabilities, mean, log-variance)."""
+    """Our network as the peers' users write it, of torch's own layers: x in [0, 1] -> (probabilities, mean,
+    log-variance)."""
     import torch
+    from torch import nn
 
-    from vae.model import build
-
-    class Network(torch.nn.Module):
+    class Network(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = build(our_config(name)).to(memory_format=torch.contiguous_format)
+            self.encoder, self.decoder, features = {"mlp": mlp, "conv": convolutions}[name](nn)
+            self.posterior_head = nn.Linear(features, 2 * LATENT)
 
         def encode(self, x: Any) -> tuple[Any, Any]:
-            return self.inner.posterior(x.view(-1, 1, 28, 28))
+            mean, logvar = self.posterior_head(self.encoder(x.view(-1, 1, 28, 28))).chunk(2, 1)
+            return mean, logvar
 
         def decode(self, z: Any) -> Any:
-            return torch.sigmoid(self.inner.decoder(z)).flatten(1)
+            return torch.sigmoid(self.decoder(z)).flatten(1)
 
         def forward(self, x: Any) -> tuple[Any, Any, Any]:
             mean, logvar = self.encode(x)
             return self.decode(mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)), mean, logvar
 
     return Network()
+
+
+def mlp(nn: Any) -> tuple[Any, Any, int]:
+    """(encoder, decoder, features between encoder and latent)."""
+    (hidden,) = MODELS["mlp"]["hidden"]
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(784, hidden), nn.ReLU())
+    decoder = nn.Sequential(nn.Linear(LATENT, hidden), nn.ReLU(), nn.Linear(hidden, 784))
+    return encoder, nn.Sequential(decoder, nn.Unflatten(1, (1, 28, 28))), hidden
+
+
+def convolutions(nn: Any) -> tuple[Any, Any, int]:
+    """The same: 28 -> 14 -> 7 -> 4 by pooling, and back by transposed convolutions, cropped."""
+
+    class Crop(nn.Module):  # type: ignore[misc]
+        def __init__(self, size: int):
+            super().__init__()
+            self.size = size
+
+        def forward(self, x: Any) -> Any:
+            return x[..., : self.size, : self.size]
+
+    channels = (1, *MODELS["conv"]["hidden"])
+    down = [
+        (nn.Conv2d(i, o, 3, padding=1), nn.MaxPool2d(2, ceil_mode=True), nn.SiLU())
+        for i, o in itertools.pairwise(channels)
+    ]
+    up = [
+        (nn.SiLU(), nn.ConvTranspose2d(i, o, 4, stride=2, padding=1), Crop(size))
+        for (i, o), size in zip(itertools.pairwise(channels[::-1]), (7, 14, 28), strict=True)
+    ]
+    features = channels[-1] * 4 * 4
+    start = [nn.Linear(LATENT, features), nn.Unflatten(1, (channels[-1], 4, 4))]
+    encoder = nn.Sequential(*itertools.chain.from_iterable(down), nn.Flatten())
+    return encoder, nn.Sequential(*start, *itertools.chain.from_iterable(up)), features
 
 
 def examples(
@@ -239,7 +276,7 @@ def put_mnist(folder: Path, images: np.ndarray) -> None:
 def _through_peer(model: Any, x: Any, eps: Any) -> tuple[Any, Any, Any]:
     import torch
 
-    mean, logvar = model.encode(x if hasattr(model, "inner") else x.flatten(1))
+    mean, logvar = model.encode(x.flatten(1))
     return model.decode(mean + torch.exp(0.5 * logvar) * eps), mean, logvar
 
 
@@ -260,8 +297,7 @@ def pythae(name: str, images: np.ndarray, warm: int, timed: int) -> tuple[dict[s
     class Encoder(BaseEncoder):
         def __init__(self) -> None:
             super().__init__()
-            self.network = network.inner.encoder
-            self.head = network.inner.posterior_head
+            self.network, self.head = network.encoder, network.posterior_head
 
         def forward(self, x: Any) -> Any:
             mean, logvar = self.head(self.network(x)).chunk(2, 1)
@@ -270,7 +306,7 @@ def pythae(name: str, images: np.ndarray, warm: int, timed: int) -> tuple[dict[s
     class Decoder(BaseDecoder):
         def __init__(self) -> None:
             super().__init__()
-            self.network = network.inner.decoder
+            self.network = network.decoder
 
         def forward(self, z: Any) -> Any:
             return ModelOutput(reconstruction=torch.sigmoid(self.network(z)))

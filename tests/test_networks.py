@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vae.config import FlatConfig
-from vae.networks import Decoder, Encoder
+from vae.networks import Decoder, Encoder, TransposedConv
 
 KINDS = [
     {"network": "conv", "upsampling": "transposed"},
@@ -67,3 +67,15 @@ def test_an_image_does_not_see_its_batch(kind: dict[str, str]) -> None:
     x = torch.rand(7, 3, 12, 9, dtype=torch.float64)
     alone = torch.cat([encoder(row) for row in x.split(1)])
     torch.testing.assert_close(encoder(x), alone, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (7, 12), (1, 3)])
+def test_a_transposed_convolution_to_one_channel_is_torchs(height: int, width: int) -> None:
+    """Values and gradients, whichever way it goes."""
+    layer = TransposedConv(6, 1, (2 * height - 1, 2 * width)).double()
+    x = torch.randn(3, 6, height, width, dtype=torch.float64)
+    wanted = torch.nn.ConvTranspose2d.forward(layer, x)[..., : 2 * height - 1, : 2 * width]
+    torch.testing.assert_close(layer(x), wanted)
+    parameters = list(layer.parameters())
+    mine = torch.autograd.grad(layer(x).square().sum(), parameters)
+    torch.testing.assert_close(mine, torch.autograd.grad(wanted.square().sum(), parameters))

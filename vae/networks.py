@@ -17,7 +17,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from vae.config import NetworkConfig
-from vae.linear import Linear
+from vae.linear import Linear, linear, on_cpu
 
 
 def halvings(height: int, width: int, stages: int) -> list[tuple[int, int]]:
@@ -55,6 +55,29 @@ class Upsample(nn.Module):
         return nnf.interpolate(x, scale_factor=2.0, mode="nearest")[..., :height, :width]
 
 
+class Flatten(nn.Flatten):
+    """(B, C, H, W) -> (B, C H W), whose gradient comes back with channels last, as its input lies.
+
+    Between layouts the kernels of activations are several times slower.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and on_cpu(x):
+            x.register_hook(_channels_last)
+        return x.flatten(1)
+
+
+class Unflatten(nn.Unflatten):
+    """(B, C H W) -> (B, C, H, W) with channels last, as convolutions want it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _channels_last(super().forward(x))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 class TransposedConv(nn.ConvTranspose2d):
     """A transposed convolution of stride 2, cropped to an exact size."""
 
@@ -64,7 +87,17 @@ class TransposedConv(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         height, width = self.size
-        return super().forward(x, output_size)[..., :height, :width]
+        # To a single channel the convolution is no product worth the name, and its own kernel is slow.
+        found = self._folded(x) if self.out_channels == 1 and on_cpu(x) else super().forward(x, output_size)
+        return found[..., :height, :width]
+
+    def _folded(self, x: Tensor) -> Tensor:
+        """The same as each pixel's patch of 4 x 4 and the sum of patches where they overlap."""
+        height, width = x.shape[2:]
+        patches = linear(x.movedim(1, -1).flatten(1, 2), self.weight.flatten(1).t())  # (B, H W, 16)
+        size = (2 * height, 2 * width)
+        found = nnf.fold(patches.transpose(1, 2), size, self.kernel_size, padding=1, stride=2)
+        return found if self.bias is None else found + self.bias
 
 
 def _down(kind: str, inputs: int, outputs: int) -> nn.Sequential:
@@ -100,7 +133,7 @@ class Encoder(nn.Module):
         else:
             channels = (config.channels, *_hidden(config))
             stages = [_down(config.network, i, o) for i, o in itertools.pairwise(channels)]
-            self.layers = nn.Sequential(*stages, nn.Flatten())
+            self.layers = nn.Sequential(*stages, Flatten())
             self.features = channels[-1] * math.prod(_smallest(config))
         self.to(memory_format=torch.channels_last)
 
@@ -138,7 +171,7 @@ def _conv_decoder(config: NetworkConfig, image: tuple[int, int, int]) -> list[nn
         (nn.SiLU(), _up(kind, i, o, size))
         for (i, o), size in zip(itertools.pairwise(channels), sizes, strict=True)
     ]
-    start = [Linear(config.latent_dim, math.prod(deepest)), nn.Unflatten(1, deepest)]
+    start = [Linear(config.latent_dim, math.prod(deepest)), Unflatten(1, deepest)]
     return [*start, *itertools.chain.from_iterable(stages)]
 
 
