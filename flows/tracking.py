@@ -177,9 +177,9 @@ class Run:
     def _end(self, status: str, **tags: str) -> None:
         run_id = self.id
         self._metrics().drain(patience())
-        for name, value in {**tags, **({ENDED_TAG: status} if status != "KILLED" else {})}.items():
+        for name, value in tags.items():
             client().set_tag(run_id, name, value)
-        client().set_terminated(run_id, status)
+        _terminate(run_id, status)
 
     def _briefly(self, end: Callable[[], None]) -> None:
         """Try for a few seconds; what MLflow does not take then, the same command brings later."""
@@ -307,9 +307,14 @@ def open_runs() -> dict[str, str]:
 def close(run_id: str, status: str, reason: str) -> None:
     """End a run whose process is gone; only one that is KILLED is gone on with by the same command."""
     client().set_tag(run_id, "error", reason[:500])
+    _terminate(run_id, status)
+
+
+def _terminate(run_id: str, status: str) -> None:
+    """The status, then the tag: a death between them leaves a run that the same command goes on with."""
+    client().set_terminated(run_id, status)
     if status != "KILLED":
         client().set_tag(run_id, ENDED_TAG, status)
-    client().set_terminated(run_id, status)
 
 
 @dataclass(frozen=True)
