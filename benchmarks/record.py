@@ -30,6 +30,7 @@ from table import BINARY, ROOT, SHAPE, read
 from training import Images, keep, machine, read_idx, write_section
 
 import vae
+from data.heap import keep_freed_memory
 from vae.config import LadderConfig, TrainConfig
 from vae.evaluate import evaluate
 from vae.train import Interrupted, Progress, fit
@@ -292,6 +293,7 @@ def main() -> None:
     chosen = parser.parse_args()
     deadline = time.monotonic() + 60 * chosen.minutes
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the commands do: scoring is 1.6 times as fast
     row, splits = ROWS[chosen.row], read_idx(chosen.data)
     row = replace(row, train=replace(row.train, seed=chosen.seed))
     if chosen.miniature:
