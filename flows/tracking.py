@@ -52,6 +52,7 @@ def tracked(config: Command) -> Iterator[Run]:
     make_root(config.root)
     run = Run(config)
     with lock(config.root, "tracking"):  # MLflow's first two users at once would both create its tables
+        _make_database(config.root.resolve() / "mlflow.db")
         run.resume()
     token = _active.set(run)
     try:
@@ -69,6 +70,19 @@ def tracked(config: Command) -> Iterator[Run]:
     finally:
         _active.reset(token)
         run.release()
+
+
+def _make_database(path: Path) -> None:
+    """MLflow's tables, all or none: killed while it makes them, it would never again accept what is there."""
+    import mlflow
+
+    if path.exists() or mlflow.get_tracking_uri() != f"sqlite:///{path}":
+        return
+    draft = path.with_suffix(".part")
+    for left in path.parent.glob(f"{draft.name}*"):  # with SQLite's journal
+        left.unlink()
+    mlflow.MlflowClient(f"sqlite:///{draft}").search_experiments()
+    os.replace(draft, path)
 
 
 class Run:

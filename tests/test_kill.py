@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from pipeline import SHORT, run_json, signal_at
+from pipeline import SHORT, environment, run_json, signal_at
 
 import vae
 
@@ -103,3 +106,29 @@ def test_a_polite_signal_leaves_a_checkpoint_and_a_run_to_resume(
     assert result["weights"] == undisturbed["trained"]["weights"]
     assert [run.info.status for run in client.search_runs(["1"])] == ["FINISHED"]
     assert json.loads(json.dumps(result))["changed"]
+
+
+HALF = 400_000  # bytes of MLflow's database when it is about half made
+TRACK = """
+import sys
+from pathlib import Path
+from flows.config import Rollback
+from flows.tracking import tracked
+with tracked(Rollback(root=Path(sys.argv[1]), name="vae")) as run:
+    print(run.id)
+"""
+
+
+def test_mlflows_tables_are_made_whole(tmp_path: Path) -> None:
+    """Half made, it would refuse them for ever."""
+    line = [sys.executable, "-c", TRACK, str(tmp_path)]
+    first = subprocess.Popen(line, env=environment())
+    made = [tmp_path / "mlflow.part", tmp_path / "mlflow.db"]
+    while sum(file.stat().st_size for file in made if file.exists()) < HALF:
+        assert first.poll() is None
+        time.sleep(0.001)
+    first.kill()
+    first.wait()
+    again = subprocess.run(line, capture_output=True, text=True, env=environment())
+    assert again.returncode == 0, again.stderr
+    assert [file.name for file in tmp_path.glob("mlflow.*")] == ["mlflow.db"]
