@@ -36,7 +36,9 @@ class Located:
 
     def files(self) -> dict[str, bytes]:
         """The bundle's files by name."""
-        return {path.name: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
+        from vae.bundle import read_files
+
+        return read_files(self.folder)
 
     def facts(self) -> dict[str, Any]:
         """The bundle's config.json, digests checked, and the digest of its weights; loads no model."""

@@ -21,6 +21,7 @@ from vae.config import model_class, model_config
 from vae.model import Model
 
 WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
+FILES = (MANIFEST, CONFIG, WEIGHTS)
 FORMAT = 1
 
 
@@ -60,7 +61,7 @@ def from_files(files: Mapping[str, bytes]) -> Model:
 
 def read_config(files: Mapping[str, bytes]) -> dict[str, Any]:
     """config.json of a bundle (format, model, levels, extra), after checking every file's digest."""
-    missing = [name for name in (MANIFEST, CONFIG, WEIGHTS) if name not in files]
+    missing = [name for name in FILES if name not in files]
     if missing:
         raise ValueError(f"the bundle lacks {', '.join(missing)}")
     stated = _parse(MANIFEST, files[MANIFEST]).get("sha256")
@@ -79,9 +80,12 @@ def read_config(files: Mapping[str, bytes]) -> dict[str, Any]:
 
 def load(directory: str | Path) -> Model:
     """The model whose bundle lies in a folder."""
-    folder = Path(directory)
-    files = {name: folder / name for name in (MANIFEST, CONFIG, WEIGHTS)}
-    return from_files({name: path.read_bytes() for name, path in files.items() if path.is_file()})
+    return from_files(read_files(Path(directory)))
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """A bundle's files by name, as far as they lie in a folder; whatever else does is not the bundle's."""
+    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
 
 
 def weights_digest(source: Model | Mapping[str, bytes]) -> str:
