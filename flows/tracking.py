@@ -59,8 +59,8 @@ def tracked(config: Command) -> Iterator[Run]:
         yield run
     except Exception as error:
         run.fail(error)
-        if isinstance(error, OSError) and error.errno and error.filename is None:  # a full disk says no more
-            raise OSError(error.errno, error.strerror, str(config.root)) from error
+        if (told := _with_place(error, config.root)) is not None:
+            raise told from error
         raise
     except BaseException:  # Ctrl-C, SIGTERM: the same command goes on under the same run
         run.stop()
@@ -70,6 +70,18 @@ def tracked(config: Command) -> Iterator[Run]:
     finally:
         _active.reset(token)
         run.release()
+
+
+def _with_place(error: Exception, root: Path) -> Exception | None:
+    """The error with the path that a full disk does not tell, of a file or of SQLite's; None for any other."""
+    import mlflow
+
+    if isinstance(error, OSError) and error.errno and error.filename is None:
+        return OSError(error.errno, error.strerror, str(root))
+    uri = mlflow.get_tracking_uri()
+    if "(sqlite3.OperationalError)" in str(error) and uri.startswith("sqlite:"):
+        return RuntimeError(f"{uri}: {in_a_line(error)}")
+    return None
 
 
 def _make_database(path: Path) -> None:
