@@ -73,7 +73,7 @@ def tracked(config: Command) -> Iterator[Run]:
 
 
 def _with_place(error: Exception, root: Path) -> Exception | None:
-    """The error with the path that a full disk does not tell, of a file or of SQLite's; None for any other."""
+    """The error with the path that a full disk or SQLite does not tell; None for any other error."""
     import mlflow
 
     if isinstance(error, OSError) and error.errno and error.filename is None:
