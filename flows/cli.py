@@ -192,8 +192,12 @@ def _unknown(option: str, command: str) -> str:
     """The message for an option that no setting has, with the nearest that one has."""
     if not option.startswith("-"):
         return f"unexpected argument {option!r} of {command}"
-    option = option.split("=")[0]
-    flags = [_flag(setting.name) for setting in _settings(command)] + ["--config", "--json", "--dry-run"]
+    option, settings = option.split("=")[0], _settings(command)
+    places = [setting.name for setting in settings if setting.argument]
+    if option in map(_flag, places):
+        return f"{option!r} is given by its place: vae-flows {command} {' '.join(places).upper()}"
+    flags = [_flag(setting.name) for setting in settings if not setting.argument]
+    flags += ["--config", "--json", "--dry-run"]
     nearest = difflib.get_close_matches(option, flags, n=1, cutoff=0.0)[0]
     return f"unknown option {option!r} of {command}: did you mean {nearest!r}?"
 

@@ -30,6 +30,11 @@ QUIET = {
 }
 
 
+def local_mlflow(root: Path) -> Path:
+    """MLflow's database under a root, where no other is set."""
+    return root.resolve() / "mlflow.db"
+
+
 def prepare(root: Path, log_level: str = "CRITICAL") -> None:
     """Set what is unset: quiet libraries, MLflow and Prefect on SQLite files under `root`.
 
@@ -37,7 +42,7 @@ def prepare(root: Path, log_level: str = "CRITICAL") -> None:
     """
     root = root.resolve()
     local = {
-        "MLFLOW_TRACKING_URI": f"sqlite:///{root}/mlflow.db",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{local_mlflow(root)}",
         "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{root}/prefect/prefect.db",
         # Two commands on one root share one SQLite file: wait for the other's lock rather than fail.
         "PREFECT_API_DATABASE_TIMEOUT": "120",

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from flows.config import Command, to_toml
-from flows.environment import make_root, prepare
+from flows.environment import local_mlflow, make_root, prepare
 from flows.jobs import digest, lock, try_lock
 from flows.results import Result
 from flows.spool import MlflowAwayError, Patient, Spool, in_a_line, patience, patiently
@@ -52,7 +52,7 @@ def tracked(config: Command) -> Iterator[Run]:
     make_root(config.root)
     run = Run(config)
     with lock(config.root, "tracking"):  # MLflow's first two users at once would both create its tables
-        _make_database(config.root.resolve() / "mlflow.db")
+        _make_database(local_mlflow(config.root))
         run.resume()
     token = _active.set(run)
     try:

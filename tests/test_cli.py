@@ -28,6 +28,10 @@ def refused(capsys: pytest.CaptureFixture[str], root: Path, *arguments: object) 
     [
         (("retrain", "--source", "folder:/no/such/folder"), "no folder /no/such/folder"),
         (("ingest", "--source", "fodler:/tmp"), "unknown source 'fodler:/tmp'"),
+        (
+            ("pull", "--model", "models:/a/1"),
+            "'--model' is given by its place: vae-flows pull MODEL DIRECTORY",
+        ),
         (("retrain", "--epoch", 3), "unknown option '--epoch' of retrain: did you mean '--epochs'?"),
         (("train", "--epochs", "many"), "training.epochs='many': Input should be a valid integer"),
         (("train", "--epochs", 0), "epochs=0 must be in [1, inf]"),
