@@ -29,7 +29,7 @@ def refused(capsys: pytest.CaptureFixture[str], root: Path, *arguments: object) 
         (("retrain", "--source", "folder:/no/such/folder"), "no folder /no/such/folder"),
         (("ingest", "--source", "fodler:/tmp"), "unknown source 'fodler:/tmp'"),
         (
-            ("pull", "--model", "models:/a/1"),
+            ("pull", "--model", "models:/a/1", "--directory", "here"),
             "'--model' is given by its place: vae-flows pull MODEL DIRECTORY",
         ),
         (("retrain", "--epoch", 3), "unknown option '--epoch' of retrain: did you mean '--epochs'?"),
