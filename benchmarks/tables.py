@@ -8,8 +8,8 @@ of --minutes, the same command goes on.
 
 * memory: the peak of a whole encode of N synthetic 32x32 images to D = 64, by a trivial encoder, and what
   it left on disk, from which the costs of larger sets follow;
-* sources: idx, a snapshot and a Parquet of PNG files, through the whole stream into batches; the Parquet's
-  bytes alone, and OpenCV alone on these bytes, the limit of any Parquet of PNG files;
+* sources: idx, a snapshot, a Parquet of pixels (lists of rows) and one of PNG files, through the whole stream
+  into batches; the PNG's bytes alone, and OpenCV alone on these bytes, the limit of any Parquet of files;
 * latents: a flat convolutional VAE of D = 64 is trained on Fashion-MNIST for --train-minutes of CPU and
   encodes its 70,000 images; its columns' stored bytes over those of raw float32, under four settings;
 * reading: that table by read_latents, and by pandas in two ways.
@@ -32,7 +32,7 @@ from report import FILES, alone, keep, medians, place, play, results, rounds_tol
 
 DIMS = 64
 MEMORY = (100_000, 1_000_000)
-SOURCES = ("idx", "snapshot", "parquet", "parquet_bytes", "decoder")
+SOURCES = ("idx", "snapshot", "parquet_pixels", "parquet_png", "parquet_png_bytes", "opencv")
 SHARD = 65_536
 GIVEN = ("fashion_mnist", "files", "train_minutes")  # options that a measurement needs
 STORED = {
@@ -93,9 +93,9 @@ def source_speed(kind: str, options: argparse.Namespace) -> dict[str, float]:
 
     source = open_source(source_uri(kind, options))
     path = DecodePath(28, 28, 1)
-    if kind == "parquet_bytes":
+    if kind == "parquet_png_bytes":
         return timed(lambda: sum(len(source.read(rows)) for rows in source.listing()))
-    if kind == "decoder":
+    if kind == "opencv":
         import cv2
 
         files = [np.frombuffer(file, np.uint8) for rows in source.listing() for file in source.read(rows)]
@@ -132,7 +132,7 @@ def timed(work: Callable[[], int]) -> dict[str, float]:
 
 
 def source_uri(kind: str, options: argparse.Namespace) -> str:
-    """Fashion-MNIST's training images as idx, as a snapshot or as a Parquet of PNG files, made if need be."""
+    """Fashion-MNIST as idx, as a snapshot or as a Parquet of pixels or of PNG files, made if need be."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -148,12 +148,16 @@ def source_uri(kind: str, options: argparse.Namespace) -> str:
     source = open_source(idx)
     if kind == "snapshot":
         return f"snapshot:{ingest(source, DecodePath(), open_store(options.files / 'snapshots')).uri}"
-    file = options.files / "images.parquet"
+    pixels = kind == "parquet_pixels"
+    file = options.files / ("pixels.parquet" if pixels else "images.parquet")
     if not file.exists():
         images = (image for rows in source.listing() for image in source.read(rows).transpose(0, 3, 1, 2))
         file.parent.mkdir(parents=True, exist_ok=True)
-        table = pa.table({"image": [png_bytes(image) for image in images]})
-        pq.write_table(table, file, row_group_size=8192)
+        lists = pa.list_(pa.list_(pa.uint8()))
+        column = (
+            pa.array([list(image[0]) for image in images], lists) if pixels else [*map(png_bytes, images)]
+        )
+        pq.write_table(pa.table({"image": column}), file, row_group_size=8192)
     return f"parquet:{file}"
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.images import LIMITS, Limits, Reject
+from data.pixel_columns import holds_pixels, images_of
 from data.sources import (
     LISTED,
     NATIVE,
@@ -29,15 +30,16 @@ from data.sources import (
 )
 from data.store import Entry, Store
 
-IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "content")
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "content", "pixels")
 
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """Parquet files with a column of image bytes, or of Hugging Face's struct of bytes and path.
+    """Parquet files with a column of image bytes, of Hugging Face's struct of bytes and path, or of pixels.
 
-    The id is file/row; a column named id is passed through as source_id, other columns as they are. The
-    split is that of a column `split`, or of the file's name (`train-00000-of-00002.parquet`).
+    Pixels are those of `data.pixel_columns`. The id is file/row; a column named id is passed through as
+    source_id, other columns as they are. The split is that of a column `split`, or of the file's name
+    (`train-00000-of-00002.parquet`).
     """
 
     store: Store
@@ -83,21 +85,18 @@ class ParquetSource:
                 start += batch.num_rows
 
     def read(self, rows: pa.RecordBatch, limits: Limits = LIMITS) -> Payload:
-        items: list[bytes | Reject] = []
         positions = rows["position"].to_numpy()
+        parts: list[Payload] = []
         for path, a, b in runs(rows["file"].to_pylist()):
-            items += self._read(path, positions[a:b], limits)
-        return items
+            parts += [_payloads(column, limits) for column in self._columns(path, positions[a:b])]
+        return _joined(parts)
 
-    def _read(self, path: str, positions: np.ndarray, limits: Limits) -> list[bytes | Reject]:
+    def _columns(self, path: str, positions: np.ndarray) -> Iterator[pa.Array]:
+        """The image column at these rows of a file, a row group at a time."""
         bounds = self._bounds(path)
         groups = np.searchsorted(bounds, positions, "right") - 1
-        items: list[bytes | Reject] = []
         for group, a, b in runs(groups.tolist()):
-            column = self._group(path, group)
-            values = column.take(pa.array(positions[a:b] - bounds[group])).to_pylist()
-            items += [_payload(value, limits) for value in values]
-        return items
+            yield _rows(self._group(path, group), positions[a:b] - bounds[group])
 
     def _bounds(self, path: str) -> np.ndarray:
         """First row of each row group."""
@@ -158,12 +157,14 @@ def open_parquet(place: str) -> Source:
     except pa.ArrowInvalid as error:
         raise ValueError(f"{store.uri(files[0].path)} is no Parquet file: {error}") from None
     image = wanted or _image_column(schema)
-    if image not in schema.names or not _holds_bytes(schema.field(image).type):
+    if image not in schema.names or not _holds_images(schema.field(image).type):
+        there = ", ".join(f"{item.name} ({item.type})" for item in schema)
         raise ValueError(
-            f"no column of image bytes in {store.url}: it has {', '.join(schema.names)}; "
-            f"write parquet:{place}?image=COLUMN"
+            f"no column of images in {store.url}: it has {there}; "
+            f"write parquet:{place}?image=COLUMN for one of bytes, or of uint8 tensors or lists of rows"
         )
-    return ParquetSource(store, tuple(sorted(files, key=lambda file: stem(file) + "/")), image, schema)
+    ordered = tuple(sorted(files, key=lambda file: stem(file) + "/"))
+    return ParquetSource(store, ordered, image, schema, _native(store, ordered[0], schema.field(image)))
 
 
 def open_parquet_file(store: Store, path: str) -> pq.ParquetFile:
@@ -173,6 +174,43 @@ def open_parquet_file(store: Store, path: str) -> pq.ParquetFile:
     """
     file = store.local / path if store.local is not None else pa.PythonFile(store.open(path), mode="r")
     return pq.ParquetFile(file, page_checksum_verification=True)
+
+
+def _native(store: Store, file: Entry, column: pa.Field) -> tuple[int, int, int]:
+    """(C, H, W) of the first image, where images are pixels already."""
+    if holds_pixels(column.type):
+        opened = open_parquet_file(store, file.path)
+        for batch in opened.iter_batches(1, columns=[column.name], use_threads=False):
+            (image,) = images_of(batch[0])
+            if isinstance(image, np.ndarray):
+                height, width, channels = image.shape
+                return channels, height, width
+            break
+    return NATIVE
+
+
+def _rows(column: pa.ChunkedArray, positions: np.ndarray) -> pa.Array:
+    """Rows of a row group's column, as they lie where they follow one another."""
+    first, count = int(positions[0]), len(positions)
+    if (np.diff(positions) == 1).all():
+        column = column.slice(first, count)
+    else:
+        column = column.take(pa.array(positions))
+    return column.combine_chunks()
+
+
+def _payloads(column: pa.Array, limits: Limits) -> Payload:
+    if holds_pixels(column.type):
+        return images_of(column)
+    return [_payload(value, limits) for value in column.to_pylist()]
+
+
+def _joined(parts: list[Payload]) -> Payload:
+    """One array where all parts are arrays of one shape, else the images one by one."""
+    arrays = [part for part in parts if isinstance(part, np.ndarray)]
+    if len(arrays) == len(parts) and len({part.shape[1:] for part in arrays}) == 1:
+        return np.concatenate(arrays)
+    return [image for part in parts for image in part]
 
 
 def _split_column(column: pa.Array) -> list[str | None]:
@@ -187,10 +225,14 @@ def _payload(value: dict[str, bytes | None] | bytes | None, limits: Limits) -> b
 
 
 def _image_column(schema: pa.Schema) -> str:
-    """The usual name, or the only column that holds bytes; '' when neither is clear."""
-    holds = [item.name for item in schema if _holds_bytes(item.type)]
+    """The usual name, or the only column that holds images; '' when neither is clear."""
+    holds = [item.name for item in schema if _holds_images(item.type)]
     named = [name for name in IMAGE_COLUMNS if name in holds]
     return named[0] if named else holds[0] if len(holds) == 1 else ""
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    return _holds_bytes(kind) or holds_pixels(kind)
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.images import Limits, Reject
+from data.batches import stream
+from data.images import DecodePath, Limits, Reject
 from data.sources import Source, assign_splits, escape, limited, open_source, unescape
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -314,9 +315,97 @@ def test_parquet_of_plain_bytes(tmp_path: Path) -> None:
     shuffled = listed.take(pa.array([2, 0])).combine_chunks().to_batches()[0]
     assert source.read(shuffled) == [png(2), png(0)]
     pq.write_table(pa.table({"a": [b"1"], "b": [b"2"], "c": [1]}), tmp_path / "y.parquet")
-    with pytest.raises(ValueError, match=r"it has a, b, c; write parquet:.*\?image=COLUMN"):
+    with pytest.raises(ValueError, match=r"has a \(binary\), b .*int64\); write parquet:.*\?image=COLUMN"):
         open_source(f"parquet:{tmp_path / 'y.parquet'}")
     assert read_all(open_source(f"parquet:{tmp_path / 'y.parquet'}?image=b")) == [b"2"]
+
+
+def pixel_columns() -> dict[str, pa.Array]:
+    """The same images in every way in which a column can hold them."""
+    flat = pa.array(IMAGES.reshape(-1))
+    rows = pa.ListArray.from_arrays(pa.array(range(0, 30 * 35 + 1, 7), pa.int32()), flat)
+
+    def tensors(*shape: int, order: tuple[int, ...] | None = None) -> pa.Array:
+        kind = pa.fixed_shape_tensor(pa.uint8(), shape, permutation=order)
+        return pa.ExtensionArray.from_storage(kind, pa.FixedSizeListArray.from_arrays(flat, 35))
+
+    return {
+        "tensors": tensors(5, 7),
+        "channels last": tensors(5, 7, 1),
+        "channels first": tensors(1, 5, 7),
+        "permuted": tensors(1, 5, 7, order=(1, 2, 0)),
+        "lists": pa.ListArray.from_arrays(pa.array(range(0, 151, 5), pa.int32()), rows),
+        "fixed lists": pa.FixedSizeListArray.from_arrays(pa.FixedSizeListArray.from_arrays(flat, 7), 5),
+        "python": pa.array(IMAGES.tolist(), pa.list_(pa.large_list(pa.uint8()))),
+    }
+
+
+@pytest.mark.parametrize("form", pixel_columns())
+def test_parquet_of_pixels(form: str, tmp_path: Path) -> None:
+    table = pa.table({"image": pixel_columns()[form], "label": [str(row) for row in range(30)]})
+    pq.write_table(table, tmp_path / "train.parquet", row_group_size=8)
+    source = open_source(f"parquet:{tmp_path}")
+    assert source.native == (1, 5, 7)
+    listed = rows_of(source).combine_chunks().to_batches()[0]
+    whole = source.read(listed)
+    assert isinstance(whole, np.ndarray)  # which `read_rows` takes as it is
+    assert (whole == IMAGES[..., None]).all()
+    picked = [3, 4, 5, 29, 0, 7]
+    assert (np.asarray(source.read(listed.take(pa.array(picked)))) == IMAGES[picked][..., None]).all()
+
+
+def test_pixels_in_parquet_are_read_as_those_of_an_idx_set(tmp_path: Path) -> None:
+    write_idx(tmp_path / "train-images-idx3-ubyte", IMAGES)
+    pq.write_table(pa.table({"pixels": pixel_columns()["lists"]}), tmp_path / "train.parquet")
+    path = DecodePath(8, 8, 1)
+    (arrays,) = stream(open_source(f"idx:{tmp_path}"), path)
+    (columns,) = stream(open_source(f"parquet:{tmp_path}"), path)
+    assert arrays.hashes == columns.hashes
+    assert (arrays.images == columns.images).all()
+    assert (arrays.sizes == columns.sizes).all()
+
+
+def test_pixels_that_are_no_image_are_rejects(tmp_path: Path) -> None:
+    kind = pa.list_(pa.list_(pa.list_(pa.uint8())))
+    grey, colour = np.full((2, 3, 1), 7, np.uint8), np.full((4, 4, 3), 9, np.uint8)
+    odd = [None, [], [[[1], [2]], [[3]]], [[[None]]], np.zeros((5, 5, 4), np.uint8).tolist()]
+    values = [grey.tolist(), *odd, colour.tolist()]
+    pq.write_table(pa.table({"image": pa.array(values, kind), "n": range(7)}), tmp_path / "a.parquet")
+    source = open_source(f"parquet:{tmp_path}")
+    first, *between, last = read_all(source)
+    assert (first == grey).all()
+    assert (last == colour).all()
+    assert [item.error for item in between if isinstance(item, Reject)] == [
+        "missing",
+        "corrupt",
+        "corrupt",
+        "corrupt",
+        "unsupported_mode",
+    ]
+    (batch,) = stream(source, DecodePath(4, 4, 3))
+    assert len(batch.images) == 2
+    assert len(batch.rejects) == 5
+
+
+def test_hugging_face_arrays_in_parquet(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {"image": datasets.Array2D((5, 7), "uint8"), "digit": datasets.Value("int8")}
+    )
+    rows = {"image": list(IMAGES[:4]), "digit": [3, 1, 4, 1]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "train.parquet"))
+    source = open_source(f"parquet:{tmp_path}")
+    (whole,) = (source.read(rows) for rows in source.listing())
+    assert (np.asarray(whole) == IMAGES[:4, ..., None]).all()
+    assert rows_of(source)["digit"].to_pylist() == [3, 1, 4, 1]
+
+
+def test_flat_lists_are_no_images(tmp_path: Path) -> None:
+    flat = pa.array(IMAGES.reshape(30, -1).tolist(), pa.list_(pa.uint8()))
+    pq.write_table(pa.table({"pixels": flat}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"no column of images .* pixels \(list<.*uint8.*lists of rows"):
+        open_source(f"parquet:{tmp_path}")
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
