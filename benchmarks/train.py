@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +38,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/train.json"
 BATCH, RATE, LATENT = 128, 1e-3, 20
+SETTINGS: dict[str, Any] = {"batch_size": BATCH, "learning_rate": RATE}
 MODELS: dict[str, dict[str, Any]] = {
     "mlp": {"network": "mlp", "hidden": (400,)},
     "conv": {"network": "conv", "hidden": (32, 64, 128)},
@@ -45,7 +47,8 @@ IMAGES = {"mlp": 19_200, "conv": 2_560}  # trained on in a timed epoch, of which
 EPOCHS = {"mlp": 5, "conv": 4}
 ELBO_EPOCHS = {"mlp": 2, "conv": 1}
 ELBO_IMAGES = {"mlp": 60_000, "conv": 15_000}
-VARIANTS = ("examples", "pythae", "ours", "limit", "bare")
+VARIANTS = ("examples", "pythae", "ours", "limit", "bare", "ours_bfloat16", "limit_bfloat16")
+PRECISIONS = ("", "_bfloat16")  # of ours: float32, which is the default on a CPU, and products in bfloat16
 GOALS = {
     "mlp": {"examples": 3.0, "pythae": 1.5, "limit": 0.95},
     "conv": {"examples": 1.4, "pythae": 1.25, "limit": 0.95},
@@ -85,8 +88,10 @@ class Clock:
 Network = Callable[[Any, Any], tuple[Any, Any, Any]]
 
 
-def ours(name: str, images: np.ndarray, warm: int, timed: int) -> tuple[dict[str, float], Network]:
-    """`fit`, as `vae-flows train` calls it."""
+def ours(
+    name: str, images: np.ndarray, warm: int, timed: int, precision: str = "float32"
+) -> tuple[dict[str, float], Network]:
+    """`fit`, as `vae-flows train --precision` calls it."""
     from data.heap import keep_freed_memory
     from vae.config import TrainConfig
     from vae.train import fit
@@ -100,7 +105,7 @@ def ours(name: str, images: np.ndarray, warm: int, timed: int) -> tuple[dict[str
             clock.start()
         return False
 
-    config = TrainConfig(epochs=warm + timed, batch_size=BATCH, learning_rate=RATE)
+    config = TrainConfig(epochs=warm + timed, precision=precision, **SETTINGS)
     model = fit(our_config(name), config, images, stop=stop).model
     return clock.read(), lambda x, eps: _through_ours(model, x, eps)
 
@@ -110,7 +115,9 @@ def _through_ours(model: Any, x: Any, eps: Any) -> tuple[Any, Any, Any]:
     return found.likelihood.mean.flatten(1), found.mean, found.logvar
 
 
-def limit(name: str, images: np.ndarray, warm: int, timed: int) -> tuple[dict[str, float], Network]:
+def limit(
+    name: str, images: np.ndarray, warm: int, timed: int, precision: str = "float32"
+) -> tuple[dict[str, float], Network]:
     """Our step on one batch that stays where it is, its noise drawn once: no data, no order, no draws."""
     import torch
 
@@ -120,7 +127,7 @@ def limit(name: str, images: np.ndarray, warm: int, timed: int) -> tuple[dict[st
     from vae.ranks import Ranks
     from vae.step import Stepper
 
-    config = TrainConfig(batch_size=BATCH, learning_rate=RATE)
+    config = TrainConfig(precision=precision, **SETTINGS)
     model = _ready(name)
     stepper, meter = Stepper(model, config, Optimizer(model, config), Ranks()), Meter("cpu")
     x, noise = torch.from_numpy(images[:BATCH]), torch.randn(BATCH, 1, LATENT)
@@ -357,12 +364,15 @@ def one(options: argparse.Namespace) -> dict[str, Any]:
     images = images[: (ELBO_IMAGES if options.elbo else IMAGES)[options.model]]
     arguments = (options.model, images, warm, timed)
     torch.manual_seed(options.round)
-    if options.one == "examples":
-        found, network = examples(*arguments, str(Path(options.examples).resolve()))
-    else:
-        found, network = {"ours": ours, "limit": limit, "bare": bare, "pythae": pythae}[options.one](
-            *arguments
-        )
+    kind, _, precision = options.one.partition("_")
+    play: dict[str, Callable[..., tuple[dict[str, float], Network]]] = {
+        "examples": partial(examples, program=str(Path(options.examples).resolve())),
+        "pythae": pythae,
+        "ours": partial(ours, precision=precision or "float32"),
+        "limit": partial(limit, precision=precision or "float32"),
+        "bare": bare,
+    }
+    found, network = play[kind](*arguments)
     result: dict[str, Any] = {"model": options.model, "variant": options.one, "round": options.round, **found}
     result["images"] = timed * len(images)
     result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -417,7 +427,7 @@ def add(run: dict[str, Any]) -> None:
 def table(runs: list[dict[str, Any]]) -> str:
     """Medians over the rounds, ratios of ours to each, the goals, and the ELBO after equal epochs."""
     lines = [
-        "| model | threads | variant | rounds | images/s | per CPU-s | ours is (images/s) | (CPU) | goal "
+        "| model | threads | variant | rounds | images/s | per CPU-s | ours is | in bfloat16 | goal "
         "| peak MiB | test ELBO |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -434,14 +444,20 @@ def _line(
     model: str, threads: int, variant: str, runs: list[dict[str, Any]], scored: dict[str, Any] | None
 ) -> str:
     wall, cpu, peak = _speeds(runs, variant)
-    ratios = ["", ""]
-    if variant != "ours" and _timed_runs(runs, "ours"):
-        ours = _speeds(runs, "ours")
-        ratios = [f"{ours[0] / wall:.2f} x", f"{ours[1] / cpu:.2f} x"]
+    ratios = [_ratio(runs, f"ours{precision}", variant) for precision in PRECISIONS]
     elbo = f"{scored['elbo']:.2f} ± {scored['error']:.2f}" if scored else ""
+    goal = GOALS[model].get(variant.partition("_")[0], "")
     cells = [model, threads, variant, len(_timed_runs(runs, variant)), f"{wall:,.0f}", f"{cpu:,.0f}", *ratios]
-    cells += [GOALS[model].get(variant, ""), f"{peak:,.0f}", elbo]
-    return f"| {' | '.join(map(str, cells))} |"
+    return f"| {' | '.join(map(str, [*cells, goal, f'{peak:,.0f}', elbo]))} |"
+
+
+def _ratio(runs: list[dict[str, Any]], mine: str, variant: str) -> str:
+    """How many times as many images a second; empty beside itself and beside a limit of another precision."""
+    kind, _, precision = variant.partition("_")
+    same = mine.partition("_")[2] == precision
+    if kind == "ours" or (kind in ("limit", "bare") and not same) or not _timed_runs(runs, mine):
+        return ""
+    return f"{_speeds(runs, mine)[0] / _speeds(runs, variant)[0]:.2f} x"
 
 
 def _timed_runs(runs: list[dict[str, Any]], variant: str) -> list[dict[str, Any]]:
@@ -459,7 +475,7 @@ def _speeds(runs: list[dict[str, Any]], variant: str) -> tuple[float, float, flo
 def variants(options: argparse.Namespace) -> list[str]:
     """Those whose programs were given; the limits have no ELBO to score."""
     found = [v for v in VARIANTS if getattr(options, v, True)]
-    return [v for v in found if not (options.elbo and v in ("limit", "bare"))]
+    return [v for v in found if not (options.elbo and v.startswith(("limit", "bare")))]
 
 
 def main() -> None:

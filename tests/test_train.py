@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from vae import checkpoint, train
 from vae.activity import activity
@@ -17,6 +18,7 @@ from vae.evaluate import evaluate
 from vae.feed import Batch
 from vae.flat import FlatVAE
 from vae.model import Inference, Model
+from vae.optimizer import Optimizer
 from vae.progress import Progress
 from vae.train import FitResult, Interrupted, NonFiniteLoss, fit
 
@@ -192,13 +194,13 @@ def test_nothing_non_finite_reaches_a_checkpoint(monkeypatch: pytest.MonkeyPatch
 
 def test_the_learning_rate_falls_along_half_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
-    original = train._Run.advance
+    original = Optimizer.follow
 
-    def spy(run: train._Run, batch: Batch) -> None:
-        original(run, batch)
-        rates.append(run.optimizer.adam.param_groups[0]["lr"])
+    def spy(optimizer: Optimizer, rate: float) -> Tensor:
+        rates.append(rate)
+        return original(optimizer, rate)
 
-    monkeypatch.setattr(train._Run, "advance", spy)
+    monkeypatch.setattr(Optimizer, "follow", spy)
     fit(FLAT, dataclasses.replace(SHORT, learning_rate_schedule="cosine"), IMAGES)
     np.testing.assert_allclose(rates, 2e-3 * (1 + np.cos(np.pi * np.arange(12) / 12)) / 2)
 

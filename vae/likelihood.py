@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vae.config import ModelConfig
 
@@ -90,6 +91,26 @@ class Likelihood(ABC):
         """Images in the range of `log_prob`'s x, by the inverse CDF of `uniform` (B, C, H, W) in [0, 1)."""
 
 
+class BernoulliLogProb(torch.autograd.Function):
+    """x l - log(1 + e^l) of x in [0, 1] and logits l, with its gradient x - sigma(l), elementwise.
+
+    Not by softplus: the kernel that log1p, expm1 and softplus share takes ten times as long on some AMD
+    machines at times, a quarter of a small model's step (benchmarks/README.md).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, x)
+        tail = logits.abs().neg_().exp_().add_(1).log_()  # log(1 + e^-|l|)
+        return (x * logits).sub_(logits.relu()).sub_(tail)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        logits, x = ctx.saved_tensors
+        return (x - torch.sigmoid(logits)).mul_(gradients[0]), None
+
+
 class Bernoulli(Likelihood):
     """Black or white pixels. `output` holds the logits.
 
@@ -101,8 +122,9 @@ class Bernoulli(Likelihood):
     binary = True
 
     def log_prob(self, x: Tensor) -> Tensor:
-        logits, x = wide(self.output[:, 0], x)
-        return sum_pixels(x / WHITE * logits - F.softplus(logits))
+        logits, x = wide(self.output.squeeze(1), x)
+        found: Tensor = BernoulliLogProb.apply(logits, x / WHITE)
+        return sum_pixels(found)
 
     @property
     def mean(self) -> Tensor:

@@ -7,16 +7,26 @@ a flag on the device, does not take. Everything that a resumed run needs is in `
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from vae.config import TrainConfig
 
 NORM_MEMORY = 0.01  # of the running average of gradient norms: a hundred steps
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps of each parameter
+ADAM: dict[str, Any] = {
+    "fused": True,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "amsgrad": False,
+    "maximize": False,
+}
 
 
 def learning_rate_at(config: TrainConfig, step: int, steps: int) -> float:
@@ -63,7 +73,7 @@ class Guard:
         [(0, 1), (0, 2), (1, 30), (1, 1)]
         """
         usual = self.state[0] / self.state[1]  # NaN, which nothing exceeds, before the first
-        finite = norm.isfinite()
+        finite = norm < math.inf  # nor is it NaN
         left_out = (~finite | (norm > (self.skip or math.inf) * usual)).float()
         divisor = torch.fmax(norm / ((self.clip or math.inf) * usual), torch.ones_like(norm))
         counted = torch.fmin(norm, min(self.clip or math.inf, self.skip or math.inf) * usual)
@@ -76,6 +86,7 @@ class Guard:
 class Optimizer:
     """Adam over a model's parameters, guarded, with an exponential moving average of the weights.
 
+    Adam is torch's function and not its class, whose hooks around each step cost a small model 4 % of it.
     The average's decay starts low, min(ema_decay, (1 + t) / (10 + t)) after t steps, so that it forgets the
     untrained weights; with ema_decay=0 there is none, and the weights are their own average.
     """
@@ -83,15 +94,20 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: TrainConfig):
         self.parameters = list(model.parameters())
         device = self.parameters[0].device
-        on_gpu = device.type == "cuda"  # where its steps may be recorded
-        self.adam = torch.optim.Adam(self.parameters, lr=config.learning_rate, fused=True, capturable=on_gpu)
+        self.on_gpu = device.type == "cuda"  # where its steps may be recorded
+        self.moments: dict[str, list[Tensor]] = {
+            "step": [torch.zeros((), device=device) for _ in self.parameters],
+            "exp_avg": [torch.zeros_like(p, requires_grad=False) for p in self.parameters],
+            "exp_avg_sq": [torch.zeros_like(p, requires_grad=False) for p in self.parameters],
+        }
         self.guard = Guard(config.gradient_skip, config.gradient_clip, device)
         self.decay = config.ema_decay
         self.averages = [p.detach().clone() for p in self.parameters] if self.decay else []
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        self.adam.zero_grad()
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def step(self, rate: float | Tensor, t: int) -> Tensor:
         """Follow the gradients at this learning rate, as step t (from 0); 1.0 if it was left out, else 0."""
@@ -99,17 +115,28 @@ class Optimizer:
         self.average(t)
         return left_out
 
+    @torch.no_grad()
     def follow(self, rate: float | Tensor) -> Tensor:
         """The step alone; a rate on the device may change between replays of a recorded step."""
-        left_out = torch.zeros((), device=self.guard.state.device)
+        gradients = {index: p.grad for index, p in enumerate(self.parameters) if p.grad is not None}
+        left_out, divisor = torch.zeros((), device=self.guard.state.device), None
         if self.guard.skip or self.guard.clip:
-            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-            left_out, divisor = self.guard.judge(norm)
-            self.adam.found_inf = left_out  # type: ignore[attr-defined]  # what the fused kernel asks
-            if self.guard.clip:
-                self.adam.grad_scale = divisor  # type: ignore[attr-defined]  # what it divides by
-        self.adam.param_groups[0]["lr"] = rate
-        self.adam.step()
+            left_out, divisor = self.guard.judge(nn.utils.get_total_norm(gradients.values()))
+        kept: list[Sequence[Tensor]] = [self.parameters, *self.moments.values()]
+        weights, steps, means, squares = ([tensors[index] for index in gradients] for tensors in kept)
+        adam(
+            weights,
+            list(gradients.values()),
+            means,
+            squares,
+            [],
+            steps,
+            lr=rate,
+            **ADAM,
+            capturable=self.on_gpu,
+            found_inf=left_out,  # not 0: the kernel leaves the step out
+            grad_scale=divisor if self.guard.clip else None,  # what it divides gradients by
+        )
         return left_out
 
     def average(self, t: int) -> None:
@@ -134,20 +161,17 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """Every tensor that the next step depends on, but for the weights themselves."""
         tensors = {"guard": self.guard.state, "skipped": self.guard.skipped}
-        for index, parameter in enumerate(self.parameters):
-            for name, value in self.adam.state[parameter].items():
-                tensors[f"{index}.{name}"] = value
+        for name, values in self.moments.items():
+            tensors |= {f"{index}.{name}": value for index, value in enumerate(values)}
         return tensors | {f"{index}.average": average for index, average in enumerate(self.averages)}
 
     def restore(self, saved: Mapping[str, Tensor]) -> None:
         """Take up a state that `state` gave."""
         self.guard.state.copy_(saved["guard"])
         self.guard.skipped.copy_(saved["skipped"])
-        for index, parameter in enumerate(self.parameters):
-            self.adam.state[parameter].clear()
-            for name in MOMENTS:
-                if (value := saved.get(f"{index}.{name}")) is not None:
-                    self.adam.state[parameter][name] = _laid_out_as(parameter, value)
+        for name, values in self.moments.items():
+            for index, value in enumerate(values):
+                value.copy_(saved[f"{index}.{name}"])
         for index, average in enumerate(self.averages):
             average.copy_(saved[f"{index}.average"])
 
@@ -157,10 +181,3 @@ class Optimizer:
     def _load(self, weights: list[Tensor]) -> None:
         if weights:
             torch._foreach_copy_(self._weights(), weights)
-
-
-def _laid_out_as(parameter: Tensor, saved: Tensor) -> Tensor:
-    """A fused optimizer needs its averages in the memory layout of their parameter."""
-    if saved.shape != parameter.shape:  # Adam's step count
-        return saved.to(parameter.device, copy=True)  # Adam counts in place, and may go back here twice
-    return torch.empty_like(parameter).copy_(saved)

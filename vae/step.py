@@ -59,6 +59,7 @@ class Stepper:
     def __init__(self, model: Model, config: TrainConfig, optimizer: Optimizer, ranks: Ranks):
         self.model, self.config, self.optimizer, self.ranks = model, config, optimizer, ranks
         self.device = model.device
+        self.buffers = list(model.buffers())
         self.micro = config.micro_batch or config.batch_size
         loss: nn.Module = Loss(model, config, uses_bfloat16(config, self.device))
         if config.acceleration == "compile":
@@ -100,14 +101,14 @@ class Stepper:
         Where memory does not suffice, it is tried again in parts of half the size, from then on.
         """
         beta = self.config.beta if beta is None else beta
-        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        buffers = [buffer.clone() for buffer in self.buffers]
         while True:
             try:
                 figures = self._accumulate(seen, target, noise, beta)
                 break
             except (MemoryError, RuntimeError) as error:
                 self._halve(error)
-            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            for buffer, before in zip(self.buffers, buffers, strict=True):
                 buffer.copy_(before)
         return figures, self.optimizer.follow(rate)
 
