@@ -68,8 +68,15 @@ class LinearVAE(Model):
         log_posterior = gaussian.log_prob(z, mean, logvar).sum(1, keepdim=True)
         log_prior = gaussian.standard_log_prob(z).sum(1, keepdim=True)
         kl = gaussian.standard_kl(mean, logvar)
-        decoded = lambda: self.decode(z)  # noqa: E731
-        return Inference(mean, logvar, z, log_prior, log_posterior, kl.sum(1, keepdim=True), kl, decoded)
+        return Inference(
+            mean=mean,
+            logvar=logvar,
+            z=z,
+            kl=kl.sum(1, keepdim=True),
+            kl_per_dim=kl,
+            densities=lambda: (log_prior, log_posterior),
+            decoded=lambda: self.decode(z),
+        )
 
     def decode(self, z: Tensor) -> FixedGaussian:  # type: ignore[override]
         mean = (z @ self.weight.T + self.bias).unflatten(1, (1, 8, 8))

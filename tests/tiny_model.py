@@ -50,10 +50,12 @@ class TinyVAE(Model):
             mean=mean,
             logvar=logvar,
             z=z,
-            log_prior=gaussian.standard_log_prob(z).sum(1, keepdim=True),
-            log_posterior=gaussian.log_prob(z, mean, logvar).sum(1, keepdim=True),
             kl=kl.sum(1, keepdim=True),
             kl_per_dim=kl,
+            densities=lambda: (
+                gaussian.standard_log_prob(z).sum(1, keepdim=True),
+                gaussian.log_prob(z, mean, logvar).sum(1, keepdim=True),
+            ),
             decoded=lambda: self.decode(z),
         )
 

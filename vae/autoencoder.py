@@ -50,7 +50,7 @@ class Autoencoder(Model):
     def infer(self, x: Tensor, noise: Tensor | None) -> Inference:
         code = self.code_head(self.encoder(unit(x, self.dtype)))
         zero = torch.zeros_like(code[:, :1])
-        return Inference(code, None, code, None, None, zero, None, lambda: self.decode(code))
+        return Inference(code, None, code, zero, None, lambda: (None, None), lambda: self.decode(code))
 
     def decode(self, z: Tensor) -> Likelihood:
         return self.likelihood(self.decoder(z.to(self.dtype)))

@@ -15,6 +15,7 @@ Legend: B images, K draws an image, N = K*B rows, C channels, H W pixels, D late
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -68,24 +69,32 @@ class FlatVAE(Model):
         else:  # the reparameterization trick: z = g_phi(epsilon, x), where the noise is epsilon
             mu, logvar = repeat_draws(mu, noise), repeat_draws(logvar, noise)
             z = gaussian.sample(mu, logvar, noise)
-        log_q = gaussian.log_prob(z, mu, logvar).sum(1, keepdim=True)  # log q_phi(z|x)
-        log_p = self.prior.log_prob(z)[:, None]  # log p(z)
+
+        @cache
+        def densities() -> tuple[Tensor, Tensor]:
+            """log p(z) and log q_phi(z|x), (N, 1)."""
+            return self.prior.log_prob(z)[:, None], gaussian.log_prob(z, mu, logvar).sum(1, keepdim=True)
+
         # D_KL(q_phi(z|x) || p(z)): in closed form where p(z) is N(0, I), else log q - log p of the draw
         kl_per_dim = gaussian.standard_kl(mu, logvar) if self.kl_in_closed_form else None
-        kl = log_q - log_p if kl_per_dim is None else kl_per_dim.sum(1, keepdim=True)
+        kl = densities()[1] - densities()[0] if kl_per_dim is None else kl_per_dim.sum(1, keepdim=True)
         return Inference(
             mean=mu,
             logvar=logvar,
             z=z,
-            log_prior=log_p,
-            log_posterior=log_q,
             kl=kl,
             kl_per_dim=kl_per_dim,
+            densities=densities,
             decoded=lambda: self.decode(z),
         )
 
     def decode(self, z: Tensor) -> Likelihood:
         return self.likelihood(self.decoder(z.to(self.dtype)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Asked for in every pass: that of any other model is found by a walk over its modules."""
+        return self.posterior_head.weight.dtype
 
     @property
     def prior_noise_dim(self) -> int:

@@ -257,10 +257,9 @@ class LadderVAE(Model):
             mean=join(mean),
             logvar=join(logvar),
             z=join(z),
-            log_prior=sums(log_prior),
-            log_posterior=sums(log_posterior),
             kl=sums(kl),
             kl_per_dim=join(kl),
+            densities=lambda: (sums(log_prior), sums(log_posterior)),
             decoded=lambda: self.likelihood(self.top_down.image(h)),
         )
 

@@ -31,21 +31,34 @@ class Inference:
 
     mean, logvar (N, D) of q(z|x); a level is conditioned on the draws (or means) of those above it.
     z (N, D): the draws, or the means where no noise was given.
-    log_prior, log_posterior (N, L): log p(z_l|z_>l) and log q(z_l|z_>l, x) at z, in nats.
     kl (N, L): KL(q||p) a level, in closed form where both are Gaussian, else the one-draw estimate
     log q - log p. kl_per_dim (N, D) where it is in closed form, else None.
-    decoded gives p(x|z), which `likelihood` asks for once and only when it is needed: encoding is not.
+    densities gives `log_prior` and `log_posterior`, decoded gives `likelihood`: each is asked for once and
+    only when it is needed, as encoding has no need of them.
     A model without a posterior density has logvar, log_prior, log_posterior None.
     """
 
     mean: Tensor
     logvar: Tensor | None
     z: Tensor
-    log_prior: Tensor | None
-    log_posterior: Tensor | None
     kl: Tensor
     kl_per_dim: Tensor | None
+    densities: Callable[[], tuple[Tensor | None, Tensor | None]]
     decoded: Callable[[], Likelihood]
+
+    @cached_property
+    def _densities(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.densities()
+
+    @property
+    def log_prior(self) -> Tensor | None:
+        """log p(z_l|z_>l) at z, (N, L), in nats."""
+        return self._densities[0]
+
+    @property
+    def log_posterior(self) -> Tensor | None:
+        """log q(z_l|z_>l, x) at z, (N, L), in nats."""
+        return self._densities[1]
 
     @cached_property
     def likelihood(self) -> Likelihood:
