@@ -110,7 +110,12 @@ class FlatVAE(Model):
             self.prior.initialize(unit(images, self.dtype))
 
     def _start_wide(self) -> None:
-        """Start at q_phi(z|x) near N(0, I): the KL starts near 0 and no variance can overflow."""
+        """Start with every variance of q_phi(z|x) near 1, so that none can overflow.
+
+        The means start as they fall: where they start near 0 as well, z tells nothing through its noise, and
+        an MLP's first epochs are spent on that (benchmarks/README.md).
+        """
         with torch.no_grad():
-            self.posterior_head.weight.mul_(0.1)
+            _, logvar_weight = self.posterior_head.weight.chunk(2)
+            logvar_weight.mul_(0.1)
             self.posterior_head.bias.zero_()
