@@ -78,8 +78,9 @@ def test_at_most_five_of_a_hundred_clean_resamples_raise_an_alarm(table: Rows) -
     alarms = sum(p < LEVEL for p in smallest_p)
     print(f"{alarms} alarms in 100 clean resamples")
     assert alarms <= 5
-    # Nor are the tests silent by being too careful: half of all clean samples have some p-value below a half.
-    assert sum(p < 0.5 for p in smallest_p) > 25
+    # Nor are the tests silent by being too careful: exact ones would give half of all clean samples some
+    # p-value below a half, and as they are corrected for their number, a quarter has.
+    assert sum(p < 0.5 for p in smallest_p) > 15
 
 
 def turned(degrees: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -116,9 +117,9 @@ def test_changed_images_raise_an_alarm(
 def test_a_class_held_out_of_training_raises_an_alarm(clothes: dict[str, np.ndarray], unknown: int) -> None:
     encoder = trained(clothes["train"][clothes["train_labels"] != unknown])
     known = clothes["test"][clothes["test_labels"] != unknown]
-    reference, same = rows(encoder, known[:1000]), rows(encoder, known[1000:2000], start=1000)
+    reference, same = rows(encoder, known[:2000]), rows(encoder, known[2000:4000], start=2000)
     assert not verdict(differences(reference, same), LEVEL)[0]
-    everything = rows(encoder, clothes["test"][5000:6000], start=5000)  # a tenth of them of that class
+    everything = rows(encoder, clothes["test"][5000:7000], start=5000)  # a tenth of them of that class
     assert verdict(differences(reference, everything), LEVEL)[0]
 
 

@@ -146,7 +146,7 @@ class Stepper:
 
 
 def uses_bfloat16(config: TrainConfig, device: torch.device) -> bool:
-    """'auto' is bfloat16 on a GPU that has it, and float32 on a CPU, where it is slower by far."""
+    """'auto' is bfloat16 on a GPU that has it, and float32 on a CPU, most of which lack it in hardware."""
     if config.precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return config.precision == "bfloat16"
