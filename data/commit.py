@@ -7,7 +7,7 @@ A table is a folder of a store:
     000001/_plan/<digest>.parquet    the listing's rows of one shard
     000001/part-000000.parquet       a shard's rows
     000001/_rejects/rejects-000000.parquet
-    000001/_records/000000.json      a shard is done: its files' sizes and sha256, rows and rejects
+    000001/_records/000000.json      a shard is done: its files' sizes and digests, rows and rejects
     000001/_manifest.json            the snapshot is complete: every file of it
 
 Each file is put whole, if absent, under its final name. A shard is done once its record exists, and the

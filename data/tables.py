@@ -383,7 +383,7 @@ def table_files(uri: str) -> list[str]:
 
 
 def read_latents(uri: str, column: str = "mu") -> tuple[np.ndarray, np.ndarray]:
-    """`(ids, latents)` of a table: N strings and float (N, D), each file's sha256 checked.
+    """`(ids, latents)` of a table: N strings and float (N, D), each file's digest checked.
 
     `column` is mu, logvar or any other fixed-width column. ValueError for a damaged file.
     """

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.commit import Manifest, read_manifest
-from data.files import StoredFile, checked_bytes, parquet_table
+from data.files import StoredFile, check_digest, checked_bytes, parquet_table
 from data.plan import Plan, Record, latest_plan, plan_rows, read_plan, read_record, snapshot_numbers
 from data.store import Store, open_store, unseal
 from data.tables import open_table
@@ -79,7 +79,7 @@ def read_about(store: Store) -> dict[str, Any]:
 def verify(uri: str) -> Manifest:
     """Check all of a table's current snapshot; a ValueError names the first thing that is wrong.
 
-    Every file against the sha256 of its record, every page against its checksum, every record and plan
+    Every file against both digests of its record, every page against its checksum, every record and plan
     against its own digest, and the counts of all of them against each other.
     """
     manifest = open_table(uri)
@@ -150,6 +150,7 @@ def _files(record: Record) -> list[StoredFile]:
 
 def _verify_file(store: Store, file: StoredFile) -> None:
     data = checked_bytes(store, file)
+    check_digest(store, file, data, "sha256")
     rows = parquet_table(data, checksums=True).num_rows
     if (rows, len(data)) != (file.rows, file.bytes):
         raise ValueError(f"{store.uri(file.path)} has {rows} rows, its record says {file.rows}")

@@ -10,16 +10,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from data.commit import TooManyRejectsError
+from data.files import parquet_bytes, read_file, stored_file
 from data.images import DecodePath, Limits
 from data.sources import limited, open_source
 from data.store import open_store
@@ -93,6 +96,23 @@ def test_every_image_once(tmp_path: Path) -> None:
     check(result.uri, folder)
     again = run(folder, tmp_path / "out")
     assert (again.changed, again.shards_done_before, again.rows) == (False, 4, 37)
+
+
+@pytest.mark.parametrize("digest", ["blake3", "sha256"])  # the latter as in records of before there were both
+def test_a_file_that_changed_is_not_read(digest: str, tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    data = parquet_bytes(pa.table({"id": ["a", "b"]}))
+    (tmp_path / "part.parquet").write_bytes(data)
+    file = stored_file("part.parquet", 2, data)
+    file = file if digest == "blake3" else replace(file, blake3="")
+    assert read_file(store, file)["id"].to_pylist() == ["a", "b"]
+    for place in range(0, len(data), 7):
+        flipped = bytes([*data[:place], data[place] ^ 4, *data[place + 1 :]])
+        (tmp_path / "part.parquet").write_bytes(flipped)
+        with pytest.raises(
+            ValueError, match=f"part.parquet is damaged: its {digest} is not that of its record"
+        ):
+            read_file(store, file)
 
 
 def test_schema_and_metadata(tmp_path: Path) -> None:
@@ -392,6 +412,7 @@ def threads():  # the store's own have a name of theirs, and come and go
 open_table(sys.argv[1])
 before = threads()
 read_latents(sys.argv[1]), verify(sys.argv[1])
+import pyarrow as pa
 import pyarrow.parquet as pq
 own = threads() - before
 pq.read_table(sys.argv[1])
