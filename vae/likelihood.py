@@ -101,8 +101,8 @@ class BernoulliLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(logits, x)
-        tail = logits.abs().neg_().exp_().add_(1).log_()  # log(1 + e^-|l|)
-        return (x * logits).sub_(logits.relu()).sub_(tail)
+        tail = logits.abs().sigmoid_().log_()  # -log(1 + e^-|l|)
+        return tail.addcmul_(x, logits).sub_(logits.relu())
 
     @staticmethod
     @once_differentiable
