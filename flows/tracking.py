@@ -141,9 +141,15 @@ class Run:
     def log_dataset(self, name: str, digest: str, source: str, split: str) -> None:
         """Name a data set, by its digest, as an input of the run."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
 
         dataset = Dataset(name, digest[:36], "vae-flows", json.dumps({"uri": source}))
-        client().log_inputs(self.id, [DatasetInput(dataset, [InputTag("mlflow.data.context", split)])])
+        inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", split)])]
+        try:
+            client().log_inputs(self.id, inputs)
+        except MlflowException:
+            # It looks for the data set and then inserts it: of two runs at once the later is refused, once.
+            client().log_inputs(self.id, inputs)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Queue metrics of a step, never waiting for MLflow; a step that it has is not sent twice."""

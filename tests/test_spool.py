@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ import requests
 from mlflow.entities import Metric
 from pipeline import registry_of
 
+from flows import tracking
+from flows.config import Train
 from flows.figures import grid
 from flows.spool import MlflowAwayError, Spool, patiently
 from flows.tracking import _AtMlflow
@@ -134,3 +138,19 @@ def test_a_picture_whose_arrival_was_not_answered_is_there_once(tmp_path: Path) 
             _AtMlflow(run, new=True).picture("drawn", step, png)
         paths = [file.path for file in client.list_artifacts(run, "images")]
     assert len([path for path in paths if path.endswith(".png")]) == 2
+
+
+def test_runs_that_name_a_new_data_set_at_once_all_have_it(tmp_path: Path) -> None:
+    """MLflow looks for a data set and then inserts it, and refuses whoever comes in between."""
+    with registry_of(tmp_path) as client, ThreadPoolExecutor(4) as pool:
+        experiment = client.create_experiment("rivals")
+        runs = [tracking.Run(Train()) for _ in range(4)]
+        for run in runs:
+            run._id = client.create_run(experiment).info.run_id
+        for number in range(20):
+            name = partial(
+                tracking.Run.log_dataset, name="digits", digest=str(number), source="here", split="train"
+            )
+            list(pool.map(name, runs))
+        named = [client.get_run(run.id).inputs.dataset_inputs for run in runs]
+    assert [len({one.dataset.digest for one in inputs}) for inputs in named] == [20] * 4
