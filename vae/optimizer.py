@@ -94,7 +94,6 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: TrainConfig):
         self.parameters = list(model.parameters())
         device = self.parameters[0].device
-        self.on_gpu = device.type == "cuda"  # where its steps may be recorded
         self.moments: dict[str, list[Tensor]] = {
             "step": [torch.zeros((), device=device) for _ in self.parameters],
             "exp_avg": [torch.zeros_like(p, requires_grad=False) for p in self.parameters],
@@ -133,7 +132,6 @@ class Optimizer:
             steps,
             lr=rate,
             **ADAM,
-            capturable=self.on_gpu,
             found_inf=left_out,  # not 0: the kernel leaves the step out
             grad_scale=divisor if self.guard.clip else None,  # what it divides gradients by
         )
