@@ -31,6 +31,17 @@ def test_every_quick_experiment_keeps_its_promise(tmp_path: Path) -> None:
     assert {line["fault"] for line in lines if line["trials"]} == wanted
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["a bit flipped in a table", "a mutated image"])
+def test_no_rot_goes_unseen(fault: str, tmp_path: Path) -> None:
+    """10,000 flipped bits, 100,000 mutated images: minutes, so not among the quick ones."""
+    (one,) = (one for one in EXPERIMENTS if one.name == fault)
+    done = harness("--only", fault, "--minutes", 60, "--ledger", tmp_path / "ledger.jsonl")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert sum(line["trials"] for line in lines) >= one.goal
+
+
 def refuted(found: Found, ledger: Ledger) -> Experiment:
     """An experiment that the ledger says found something."""
     one = Experiment("a fault", "a promise", 10, lambda seed, folder, shared: found)
