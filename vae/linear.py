@@ -9,6 +9,7 @@ Legend: N rows, in any number of leading dimensions; I inputs, O outputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,24 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., I), weight (O, I), bias (O,) -> (..., O): torch's function, with the faster product."""
-    if not (_plain(x) and _onednn_is_faster()):
+    work = _work(x)
+    if work is None:
         return nn.functional.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1]).contiguous()  # else oneDNN may be a thousand times slower
-    work = Product.apply if torch.is_grad_enabled() else product
     found: Tensor = work(rows, weight, bias)
     return found.view(*x.shape[:-1], len(weight))
+
+
+def _work(x: Tensor) -> Callable[..., Tensor] | None:
+    """What multiplies these rows; None for torch's own layer."""
+    if not on_cpu(x) or not x.numel():
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        mixed = torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.is_grad_enabled()
+        return MixedProduct.apply if mixed else None
+    if x.dtype != torch.float32 or not _onednn_is_faster():
+        return None
+    return Product.apply if torch.is_grad_enabled() else product
 
 
 class Product(torch.autograd.Function):
@@ -63,6 +76,31 @@ class Product(torch.autograd.Function):
         )
 
 
+class MixedProduct(torch.autograd.Function):
+    """x Wᵀ + b in bfloat16, as under autocast, but the gradient of W lies as W does.
+
+    torch's is transposed, and to bring it to W's layout takes longer than the product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x, weight = x.bfloat16(), weight.bfloat16()
+        ctx.save_for_backward(x, weight)
+        return nn.functional.linear(x, weight, None if bias is None else bias.bfloat16())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """In bfloat16; autograd takes each to the dtype of what it is the gradient of."""
+        out, (x, weight) = gradients[0].contiguous(), ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        return (
+            out @ weight if wants_x else None,
+            out.t() @ x if wants_weight else None,
+            out.sum(0) if wants_bias else None,
+        )
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (N, I), weight (O, I), bias (O,) -> (N, O), by oneDNN."""
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -74,11 +112,6 @@ def _of_weight(out: Tensor, x: Tensor) -> Tensor:
     if min(out.shape[1], x.shape[1]) < NARROW:
         return out.t() @ x
     return product(out.t(), x.t())
-
-
-def _plain(x: Tensor) -> bool:
-    """Whether it is one of float32 numbers in main memory, outside of autocast and of a tracing."""
-    return on_cpu(x) and x.dtype == torch.float32 and x.numel() > 0 and not torch.is_autocast_enabled("cpu")
 
 
 def on_cpu(x: Tensor) -> bool:
