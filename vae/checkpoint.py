@@ -34,8 +34,8 @@ def pack(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bytes:
     contiguous[_FACTS] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     # the one entry of the metadata: with two, safetensors would order them at random
     blob = safetensors.torch.save(contiguous, metadata={"sha256": _ZEROS.decode()})
-    place = _place(blob)
-    return blob[:place] + hashlib.sha256(blob).hexdigest().encode() + blob[place + 64 :]
+    place, whole = _place(blob), memoryview(blob)
+    return b"".join((whole[:place], hashlib.sha256(blob).hexdigest().encode(), whole[place + 64 :]))
 
 
 def unpack(blob: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from vae.random import permutation
 
 logger = logging.getLogger("vae")
 MIB = 2**20
+PICKED = MIB
+"""Bytes of resident images that are picked at a time: after a step the caches are cold, a call is dear."""
 
 
 class Blocks(Protocol):
@@ -136,11 +139,11 @@ class Feed:
         self.count = sum(blocks.sizes)
         self.starts = [0, *itertools.accumulate(blocks.sizes)]
         self.shape = blocks.read(0).shape[1:]
-        image_bytes = int(np.prod(self.shape))
+        self.image_bytes = math.prod(self.shape)
         # whole batches, so that no batch is in two windows
-        self.rows = max(1, window_bytes // image_bytes // batch_size) * batch_size
-        self.resident = self._reside() if self.count * image_bytes <= budget else None
-        mib = self.count * image_bytes / MIB
+        self.rows = max(1, window_bytes // self.image_bytes // batch_size) * batch_size
+        self.resident = self._reside() if self.count * self.image_bytes <= budget else None
+        mib = self.count * self.image_bytes / MIB
         place = f"streamed, {self.rows} at a time" if self.resident is None else f"resident on {device}"
         logger.info("train: %d images of %.1f MiB, %s", self.count, mib, place)
 
@@ -150,14 +153,25 @@ class Feed:
         skipped, inside = divmod(first, per_window)
         found = windows(self.seed, epoch, self.blocks.sizes, self.rows, skipped)
         for images, index in self._resident(found) if self.resident is not None else self._streamed(found):
-            for start in range(inside * size, len(index), size):
-                rows = index[start : start + size]
-                if self.resident is not None:
-                    yield Batch(self.resident.index_select(0, rows), rows)
-                else:
-                    batch = images[start : start + size].to(self.device, non_blocking=True)
-                    yield Batch(batch, rows.to(self.device))
+            index = index[inside * size :]
+            if self.resident is not None:
+                yield from self._picked(index)
+            else:
+                yield from self._moved(images[inside * size :], index)
             inside = 0
+
+    def _picked(self, index: Tensor) -> Iterator[Batch]:
+        """Batches of the resident images, several picked at a time."""
+        assert self.resident is not None
+        several = max(1, PICKED // (self.image_bytes * self.batch_size)) * self.batch_size
+        for rows in index.split(several):
+            images = self.resident.index_select(0, rows)
+            yield from map(Batch, images.split(self.batch_size), rows.split(self.batch_size))
+
+    def _moved(self, images: Tensor, index: Tensor) -> Iterator[Batch]:
+        """Batches of a window's images, which come to the device one by one."""
+        for batch, rows in zip(images.split(self.batch_size), index.split(self.batch_size), strict=True):
+            yield Batch(batch.to(self.device, non_blocking=True), rows.to(self.device))
 
     def _reside(self) -> Tensor:
         if len(self.blocks.sizes) == 1:

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from vae.config import ModelConfig
 
@@ -91,26 +90,6 @@ class Likelihood(ABC):
         """Images in the range of `log_prob`'s x, by the inverse CDF of `uniform` (B, C, H, W) in [0, 1)."""
 
 
-class BernoulliLogProb(torch.autograd.Function):
-    """x l - log(1 + e^l) of x in [0, 1] and logits l, with its gradient x - sigma(l), elementwise.
-
-    Not by softplus: the kernel that log1p, expm1 and softplus share takes ten times as long on some AMD
-    machines at times, a quarter of a small model's step (benchmarks/README.md).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, x)
-        tail = logits.abs().sigmoid_().log_()  # -log(1 + e^-|l|)
-        return tail.addcmul_(x, logits).sub_(logits.relu())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        logits, x = ctx.saved_tensors
-        return (x - torch.sigmoid(logits)).mul_(gradients[0]), None
-
-
 class Bernoulli(Likelihood):
     """Black or white pixels. `output` holds the logits.
 
@@ -123,8 +102,7 @@ class Bernoulli(Likelihood):
 
     def log_prob(self, x: Tensor) -> Tensor:
         logits, x = wide(self.output.squeeze(1), x)
-        found: Tensor = BernoulliLogProb.apply(logits, x / WHITE)
-        return sum_pixels(found)
+        return sum_pixels(x / WHITE * logits - F.softplus(logits))
 
     @property
     def mean(self) -> Tensor:

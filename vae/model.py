@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vae import constants
 from vae.config import ModelConfig, model_class
 from vae.likelihood import Likelihood
 from vae.pixels import binarize
@@ -131,6 +132,7 @@ class Model(nn.Module, ABC):
 
 def build(config: ModelConfig, seed: int = 0) -> Model:
     """A new model with weights f(seed); torch's global generator is left as it was."""
+    constants.touch()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Model = model_class(config)(config)

@@ -6,6 +6,7 @@ Legend: B batch, K draws an image, C channels, H W pixels, D latent dimensions.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -21,6 +22,8 @@ from vae.ranks import Ranks
 
 logger = logging.getLogger("vae")
 
+DRAWN = 2**15
+"""Normal numbers that are drawn at a time, of the steps to come."""
 NO_MEMORY = ("can't allocate memory", "not enough memory", "could not create a primitive")
 """What torch, and its convolutions on a CPU, say of an allocation that failed."""
 
@@ -60,6 +63,7 @@ class Stepper:
         self.model, self.config, self.optimizer, self.ranks = model, config, optimizer, ranks
         self.device = model.device
         self.buffers = list(model.buffers())
+        self.drawn: dict[tuple[int, int], Tensor] = {}
         self.micro = config.micro_batch or config.batch_size
         loss: nn.Module = Loss(model, config, uses_bfloat16(config, self.device))
         if config.acceleration == "compile":
@@ -83,7 +87,7 @@ class Stepper:
         """(figures (4,), the sums over images of `Loss.forward`'s; 1.0 where the step was left out)."""
         draws = StepDraws(self.config.seed, step, len(images), self.device)
         seen, target = self.model.observe(images, draws)
-        noise = draws.normal("posterior", self.config.samples, self.model.latent_dim)
+        noise = self._noise(step, len(images))
         beta = beta_at(self.config, step, steps)
         if self.recorded is not None and len(images) == self.config.batch_size:
             rates = torch.full((), rate, device=self.device)
@@ -92,6 +96,18 @@ class Stepper:
             figures, left_out = self.act(seen, target, noise, rate, beta)
         self.optimizer.average(step)
         return figures, left_out
+
+    def _noise(self, step: int, rows: int) -> Tensor:
+        """The posterior's draws of a step, (rows, K, D), made for the steps that follow it as well.
+
+        After a step the caches are cold, and a small draw takes four times as long as the next one.
+        """
+        if (step, rows) not in self.drawn:
+            shape = self.config.samples, self.model.latent_dim
+            steps = range(step, step + max(1, DRAWN // (rows * math.prod(shape))))
+            draws = {ahead: StepDraws(self.config.seed, ahead, rows, self.device) for ahead in steps}
+            self.drawn = {(ahead, rows): draw.normal("posterior", *shape) for ahead, draw in draws.items()}
+        return self.drawn.pop((step, rows))
 
     def act(
         self, seen: Tensor, target: Tensor, noise: Tensor, rate: float | Tensor, beta: float | None = None
