@@ -54,6 +54,19 @@ def test_rows_may_lie_anyhow(layout: str) -> None:
         torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("shape", "outputs"), [((128, 784), 400), ((3, 7, 7, 64), 32), ((5, 100), 1)])
+def test_gradients_in_bfloat16_are_torchs(shape: tuple[int, ...], outputs: int, bias: bool) -> None:
+    """And lie as what they are the gradients of."""
+    ours, torchs, x = beside(shape, outputs, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine, wanted = gradients(ours, x), gradients(torchs, x)
+    for tensor, torchs_own in zip(mine, wanted, strict=True):
+        assert tensor.dtype == torch.float32
+        assert tensor.is_contiguous()
+        torch.testing.assert_close(tensor, torchs_own, rtol=0.02, atol=0.02 * torchs_own.abs().max().item())
+
+
 def test_other_numbers_are_torchs_to_the_bit() -> None:
     """float64, in which exactness is tested, and whatever autocast makes of it."""
     ours, torchs, x = beside((16, 64), 96)

@@ -69,13 +69,21 @@ def test_an_image_does_not_see_its_batch(kind: dict[str, str]) -> None:
     torch.testing.assert_close(encoder(x), alone, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("outputs", [1, 5])
 @pytest.mark.parametrize(("height", "width"), [(28, 28), (7, 12), (1, 3)])
-def test_a_transposed_convolution_to_one_channel_is_torchs(height: int, width: int) -> None:
+def test_a_transposed_convolution_is_torchs(height: int, width: int, outputs: int) -> None:
     """Values and gradients, whichever way it goes."""
-    layer = TransposedConv(6, 1, (2 * height - 1, 2 * width)).double()
+    layer = TransposedConv(6, outputs, (2 * height - 1, 2 * width)).double()
     x = torch.randn(3, 6, height, width, dtype=torch.float64)
     wanted = torch.nn.ConvTranspose2d.forward(layer, x)[..., : 2 * height - 1, : 2 * width]
     torch.testing.assert_close(layer(x), wanted)
     parameters = list(layer.parameters())
     mine = torch.autograd.grad(layer(x).square().sum(), parameters)
     torch.testing.assert_close(mine, torch.autograd.grad(wanted.square().sum(), parameters))
+
+
+@pytest.mark.parametrize("outputs", [1, 5])
+def test_a_transposed_convolution_stays_in_bfloat16(outputs: int) -> None:
+    """Under autocast, so that what follows it is no slower."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert TransposedConv(6, outputs, (4, 4))(torch.randn(3, 6, 2, 2)).dtype == torch.bfloat16

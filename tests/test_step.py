@@ -13,6 +13,7 @@ from vae.config import AutoencoderConfig, FlatConfig, ModelConfig, TrainConfig, 
 from vae.model import Model, build
 from vae.optimizer import Optimizer
 from vae.progress import Meter
+from vae.random import StepDraws
 from vae.ranks import Ranks
 from vae.step import Stepper
 
@@ -70,6 +71,20 @@ def test_a_rate_on_the_device_is_that_rate(case: str) -> None:
         second.act(images, images, noise, torch.tensor(rate, dtype=torch.float64))
     for ours, theirs in zip(first.model.parameters(), second.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_noise_that_is_drawn_ahead_is_each_steps_own() -> None:
+    """Whatever batch came before, and wherever a run begins."""
+    step = stepper(*CASES["iwae"])
+    for number, rows in ((7, 6), (8, 6), (9, 4), (10, 6), (10_000, 6), (8, 6)):
+        own = StepDraws(0, number, rows).normal("posterior", 3, 3)
+        assert torch.equal(step._noise(number, rows), own)
+
+
+def test_noise_of_a_large_batch_is_drawn_for_one_step() -> None:
+    step = stepper(*CASES["flat"])
+    assert len(step._noise(0, 20_000)) == 20_000
+    assert not step.drawn
 
 
 def test_a_record_needs_a_gpu() -> None:

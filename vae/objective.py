@@ -72,8 +72,8 @@ def elbo_loss(terms: Terms, *, beta: float = 1.0, free_bits: float = 0.0, balanc
     """
     kl = terms.kl.mean(0)
     rate = kl.clamp(min=free_bits) if free_bits else kl
-    weights = balancing(kl) if balance else 1.0
-    return beta * (weights * rate).sum() - terms.log_likelihood.mean()
+    rate = balancing(kl) * rate if balance else rate
+    return beta * rate.sum() - terms.log_likelihood.mean()
 
 
 def balancing(kl: Tensor) -> Tensor:

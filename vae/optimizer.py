@@ -63,10 +63,10 @@ class Guard:
         self.skipped = torch.zeros((), device=device)
 
     @torch.no_grad()
-    def judge(self, norm: Tensor) -> tuple[Tensor, Tensor]:
+    def judge(self, norm: Tensor) -> tuple[Tensor, Tensor | None]:
         """(1.0 where a step of this gradient norm must be left out, else 0.0; what to divide it by).
 
-        Both are on the norm's device.
+        Both are on the norm's device. Without a `clip` there is nothing to divide by.
 
         >>> guard = Guard(10.0, 2.0, torch.device("cpu"))
         >>> [tuple(round(x.item()) for x in guard.judge(torch.tensor(n))) for n in (1.0, 4.0, 90.0, math.nan)]
@@ -75,7 +75,7 @@ class Guard:
         usual = self.state[0] / self.state[1]  # NaN, which nothing exceeds, before the first
         finite = norm < math.inf  # nor is it NaN
         left_out = (~finite | (norm > (self.skip or math.inf) * usual)).float()
-        divisor = torch.fmax(norm / ((self.clip or math.inf) * usual), torch.ones_like(norm))
+        divisor = torch.fmax(norm / (self.clip * usual), torch.ones_like(norm)) if self.clip else None
         counted = torch.fmin(norm, min(self.clip or math.inf, self.skip or math.inf) * usual)
         seen = torch.stack([counted, torch.ones_like(norm)])
         self.state.lerp_(torch.where(finite, seen, self.state), NORM_MEMORY)
@@ -118,9 +118,10 @@ class Optimizer:
     def follow(self, rate: float | Tensor) -> Tensor:
         """The step alone; a rate on the device may change between replays of a recorded step."""
         gradients = {index: p.grad for index, p in enumerate(self.parameters) if p.grad is not None}
-        left_out, divisor = torch.zeros((), device=self.guard.state.device), None
         if self.guard.skip or self.guard.clip:
             left_out, divisor = self.guard.judge(nn.utils.get_total_norm(gradients.values()))
+        else:
+            left_out, divisor = torch.zeros((), device=self.guard.state.device), None
         kept: list[Sequence[Tensor]] = [self.parameters, *self.moments.values()]
         weights, steps, means, squares = ([tensors[index] for index in gradients] for tensors in kept)
         adam(
@@ -133,7 +134,7 @@ class Optimizer:
             lr=rate,
             **ADAM,
             found_inf=left_out,  # not 0: the kernel leaves the step out
-            grad_scale=divisor if self.guard.clip else None,  # what it divides gradients by
+            grad_scale=divisor,  # what it divides gradients by
         )
         return left_out
 
