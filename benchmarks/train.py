@@ -1,4 +1,4 @@
-"""Training beside its peers and its limit: one process a variant, in turn, on the same images.
+"""Training beside its peers and its limit: one process a variant, an epoch each in turn, on the same images.
 
     python benchmarks/train.py --data DIR --examples main.py --pythae PYTHON --rounds 5
 
@@ -6,7 +6,8 @@ DIR holds Fashion-MNIST's idx files; main.py is pytorch/examples' vae/main.py; P
 has pythae and torch. Neither peer is part of this repository: their own training loops run, from where they
 are installed. Every variant trains the same network (Kingma and Welling's MLP 784-400-20, or convolutions
 32-64-128) on the same statically binarised images, with the same batch and optimizer (Adam, 1e-3), on as many
-threads as OMP_NUM_THREADS says.
+threads as OMP_NUM_THREADS says. Only one process works at a time: it takes an epoch and waits, so that what
+two of them are compared by lies seconds apart, on machines whose speed changes from minute to minute.
 
 Rounds go on where an earlier call stopped; `--elbo` scores each variant after equal epochs instead; `--table`
 prints the table of what is there.
@@ -21,6 +22,7 @@ import itertools
 import json
 import os
 import resource
+import socket
 import statistics
 import subprocess
 import sys
@@ -70,44 +72,54 @@ def our_config(name: str) -> Any:
     return FlatConfig(**geometry, likelihood="bernoulli", **MODELS[name])
 
 
-class Clock:
-    """Wall and CPU seconds since it was started."""
+class Turns:
+    """The epochs of a process, each begun when the other end of the line says so, and their seconds."""
 
-    def __init__(self) -> None:
-        self.start()
+    def __init__(self, line: int):
+        self.line = socket.socket(fileno=line)
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+        self._began: tuple[float, float] | None = None
 
-    def start(self) -> None:
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
+    def next(self) -> None:
+        """An epoch begins, and the one before it has ended."""
+        self.end()
+        self.line.recv(1)
+        self._began = time.perf_counter(), time.process_time()
 
-    def read(self) -> dict[str, float]:
-        return {"seconds": time.perf_counter() - self.wall, "cpu_seconds": time.process_time() - self.cpu}
+    def end(self) -> None:
+        """The epoch has ended; before the first, all is ready."""
+        if self._began is not None:
+            self.wall.append(time.perf_counter() - self._began[0])
+            self.cpu.append(time.process_time() - self._began[1])
+            self._began = None
+        self.line.send(b".")
 
 
-# A variant: (model, training images, epochs before the timed ones, timed epochs) -> its time and its trained
-# network, x in [0, 1] (B, 1, 28, 28) -> (probabilities (B, 784) with noise eps (B, D), mean, log-variance).
+# A variant: (model, training images, epochs, what to call before each) -> its trained network, x in [0, 1]
+# (B, 1, 28, 28) -> (probabilities (B, 784) with noise eps (B, D), mean, log-variance).
 Network = Callable[[Any, Any], tuple[Any, Any, Any]]
 
 
 def ours(
-    name: str, images: np.ndarray, warm: int, timed: int, precision: str = "float32"
-) -> tuple[dict[str, float], Network]:
+    name: str, images: np.ndarray, epochs: int, turn: Callable[[], None], precision: str = "float32"
+) -> Network:
     """`fit`, as `vae-flows train --precision` calls it."""
     from data.heap import keep_freed_memory
     from vae.config import TrainConfig
     from vae.train import fit
 
     keep_freed_memory()
-    clock, asked = Clock(), iter(range(10**9))
-    first = warm * -(-len(images) // BATCH)
+    asked, steps = itertools.count(), -(-len(images) // BATCH)
 
     def stop() -> bool:
-        if next(asked) == first:
-            clock.start()
+        if next(asked) % steps == 0:
+            turn()
         return False
 
-    config = TrainConfig(epochs=warm + timed, precision=precision, **SETTINGS)
+    config = TrainConfig(epochs=epochs, precision=precision, **SETTINGS)
     model = fit(our_config(name), config, images, stop=stop).model
-    return clock.read(), lambda x, eps: _through_ours(model, x, eps)
+    return lambda x, eps: _through_ours(model, x, eps)
 
 
 def _through_ours(model: Any, x: Any, eps: Any) -> tuple[Any, Any, Any]:
@@ -116,8 +128,8 @@ def _through_ours(model: Any, x: Any, eps: Any) -> tuple[Any, Any, Any]:
 
 
 def limit(
-    name: str, images: np.ndarray, warm: int, timed: int, precision: str = "float32"
-) -> tuple[dict[str, float], Network]:
+    name: str, images: np.ndarray, epochs: int, turn: Callable[[], None], precision: str = "float32"
+) -> Network:
     """Our step on one batch that stays where it is, its noise drawn once: no data, no order, no draws."""
     import torch
 
@@ -131,11 +143,11 @@ def limit(
     model = _ready(name)
     stepper, meter = Stepper(model, config, Optimizer(model, config), Ranks()), Meter("cpu")
     x, noise = torch.from_numpy(images[:BATCH]), torch.randn(BATCH, 1, LATENT)
-    found = _timed(lambda: meter.add(*stepper.act(x, x, noise, RATE)), len(images) // BATCH, warm, timed)
-    return found, lambda x, eps: _through_ours(model, x, eps)
+    _repeat(lambda: meter.add(*stepper.act(x, x, noise, RATE)), len(images) // BATCH, epochs, turn)
+    return lambda x, eps: _through_ours(model, x, eps)
 
 
-def bare(name: str, images: np.ndarray, warm: int, timed: int) -> tuple[dict[str, float], Network]:
+def bare(name: str, images: np.ndarray, epochs: int, turn: Callable[[], None]) -> Network:
     """The same without our figures and without the guard against exploding gradients."""
     import torch
 
@@ -152,8 +164,8 @@ def bare(name: str, images: np.ndarray, warm: int, timed: int) -> tuple[dict[str
         loss.backward()
         adam.step()
 
-    found = _timed(step, len(images) // BATCH, warm, timed)
-    return found, lambda x, eps: _through_ours(model, x, eps)
+    _repeat(step, len(images) // BATCH, epochs, turn)
+    return lambda x, eps: _through_ours(model, x, eps)
 
 
 def _ready(name: str) -> Any:
@@ -165,13 +177,11 @@ def _ready(name: str) -> Any:
     return build(our_config(name)).train()
 
 
-def _timed(step: Callable[[], object], steps: int, warm: int, timed: int) -> dict[str, float]:
-    clock = Clock()
-    for number in range((warm + timed) * steps):
-        if number == warm * steps:
-            clock.start()
-        step()
-    return clock.read()
+def _repeat(step: Callable[[], object], steps: int, epochs: int, turn: Callable[[], None]) -> None:
+    for _ in range(epochs):
+        turn()
+        for _ in range(steps):
+            step()
 
 
 def peer_network(name: str) -> Any:
@@ -234,9 +244,7 @@ def convolutions(nn: Any) -> tuple[Any, Any, int]:
     return encoder, nn.Sequential(*start, *itertools.chain.from_iterable(up)), features
 
 
-def examples(
-    name: str, images: np.ndarray, warm: int, timed: int, program: str
-) -> tuple[dict[str, float], Network]:
+def examples(name: str, images: np.ndarray, epochs: int, turn: Callable[[], None], program: str) -> Network:
     """pytorch/examples' program, its own loader, loss and loop; the convolutions are put into it."""
     import torch
 
@@ -248,14 +256,11 @@ def examples(
         if name != "mlp":
             example.model = peer_network(name)
             example.optimizer = torch.optim.Adam(example.model.parameters(), lr=RATE)
-        clock = Clock()
-        for epoch in range(warm + timed):
-            if epoch == warm:
-                clock.start()
+        for epoch in range(epochs):
+            turn()
             example.train(epoch)
-        found = clock.read()
         os.chdir("/")
-    return found, lambda x, eps: _through_peer(example.model, x, eps)
+    return lambda x, eps: _through_peer(example.model, x, eps)
 
 
 def load_program(program: str) -> ModuleType:
@@ -287,7 +292,7 @@ def _through_peer(model: Any, x: Any, eps: Any) -> tuple[Any, Any, Any]:
     return model.decode(mean + torch.exp(0.5 * logvar) * eps), mean, logvar
 
 
-def pythae(name: str, images: np.ndarray, warm: int, timed: int) -> tuple[dict[str, float], Network]:
+def pythae(name: str, images: np.ndarray, epochs: int, turn: Callable[[], None]) -> Network:
     """pythae's VAE and BaseTrainer, its own loader, loss and loop, with this network in it."""
     import logging
 
@@ -330,12 +335,10 @@ def pythae(name: str, images: np.ndarray, warm: int, timed: int) -> tuple[dict[s
             training_config=settings,
         )
         trainer.prepare_training()
-        clock = Clock()
-        for epoch in range(1, warm + timed + 1):
-            if epoch == warm + 1:
-                clock.start()
+        for epoch in range(1, epochs + 1):
+            turn()
             trainer.train_step(epoch)
-        return clock.read(), lambda x, eps: _through_peer(network, x, eps)
+        return lambda x, eps: _through_peer(network, x, eps)
 
 
 def elbo_of(network: Network, images: np.ndarray) -> tuple[float, float]:
@@ -355,59 +358,97 @@ def elbo_of(network: Network, images: np.ndarray) -> tuple[float, float]:
     return values.mean().item(), (values.std() / len(values) ** 0.5).item()
 
 
-def one(options: argparse.Namespace) -> dict[str, Any]:
+def one(options: argparse.Namespace, turns: Turns) -> dict[str, Any]:
     """What one process measures."""
     import torch
 
     images = binarised(options.data, "train")
     warm, timed = (0, ELBO_EPOCHS[options.model]) if options.elbo else (1, EPOCHS[options.model])
     images = images[: (ELBO_IMAGES if options.elbo else IMAGES)[options.model]]
-    arguments = (options.model, images, warm, timed)
     torch.manual_seed(options.round)
     kind, _, precision = options.one.partition("_")
-    play: dict[str, Callable[..., tuple[dict[str, float], Network]]] = {
+    play: dict[str, Callable[..., Network]] = {
         "examples": partial(examples, program=str(Path(options.examples).resolve())),
         "pythae": pythae,
         "ours": partial(ours, precision=precision or "float32"),
         "limit": partial(limit, precision=precision or "float32"),
         "bare": bare,
     }
-    found, network = play[kind](*arguments)
-    result: dict[str, Any] = {"model": options.model, "variant": options.one, "round": options.round, **found}
-    result["images"] = timed * len(images)
-    result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    result["torch"] = torch.__version__
-    result["threads"] = torch.get_num_threads()
+    network = play[kind](options.model, images, warm + timed, turns.next)
+    turns.end()
+    result = {
+        "model": options.model,
+        "variant": options.one,
+        "round": options.round,
+        "images": len(images),  # of an epoch, each of which took
+        "seconds": turns.wall[warm:],
+        "cpu_seconds": turns.cpu[warm:],
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
     if options.elbo:
         result["elbo"], result["error"] = elbo_of(network, binarised(options.data, "t10k"))
     return result
 
 
-def measure(options: argparse.Namespace, model: str, variant: str, number: int) -> dict[str, Any] | None:
-    """One variant in a process of its own; None where it can't be run, with the reason on standard error."""
-    python = options.pythae if variant == "pythae" else sys.executable
-    command = [python, __file__, "--data", options.data, "--one", variant, "--model", model]
-    command += [
-        "--round",
-        str(number),
-        "--examples",
-        options.examples or "",
-        *(["--elbo"] if options.elbo else []),
-    ]
-    with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.run(
-            [*command, "--out", f"/dev/fd/{out.fileno()}"],
-            pass_fds=[out.fileno()],
+class Contender:
+    """A variant in a process of its own, which works only while `take_turn` waits for it."""
+
+    def __init__(self, options: argparse.Namespace, model: str, variant: str, number: int):
+        self.name = f"{variant} on {model}"
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  as long as this object
+        self.line, theirs = socket.socketpair()
+        command = [options.pythae if variant == "pythae" else sys.executable, __file__, "--one", variant]
+        settings = {
+            "--data": options.data,
+            "--model": model,
+            "--round": number,
+            "--examples": options.examples,
+            "--line": theirs.fileno(),
+        }
+        command += [str(part) for setting in settings.items() for part in setting]
+        self.process = subprocess.Popen(
+            [*command, *(["--elbo"] if options.elbo else [])],
+            pass_fds=[theirs.fileno()],
             env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+            stderr=self.errors,
         )
-        if process.returncode:
-            print(f"{variant} on {model} failed: {process.stderr.strip()[-800:]}", file=sys.stderr)
+        theirs.close()
+        self.line.recv(1)  # it is ready, or has failed
+
+    def take_turn(self) -> bool:
+        """One epoch; false if there is none left."""
+        try:
+            self.line.send(b".")
+        except BrokenPipeError:
+            return False
+        return bool(self.line.recv(1))
+
+    def result(self) -> dict[str, Any] | None:
+        """What it measured; None where it failed, with the reason on standard error."""
+        with self.line.makefile() as line:
+            result = line.read()
+        if self.process.wait():
+            self.errors.seek(0)
+            print(f"{self.name} failed: {self.errors.read().strip()[-800:]}", file=sys.stderr)
             return None
-        out.seek(0)
-        return json.load(out)
+        found: dict[str, Any] = json.loads(result)
+        return found
+
+
+def measure(options: argparse.Namespace, model: str, variants: list[str], number: int) -> None:
+    """A round of these variants, which take an epoch each in turn."""
+    contenders = [Contender(options, model, variant, number) for variant in variants]
+    epochs = ELBO_EPOCHS[model] if options.elbo else 1 + EPOCHS[model]
+    for _ in range(epochs):
+        for contender in contenders:
+            contender.take_turn()
+    for contender in contenders:
+        if (run := contender.result()) is not None:
+            add(run)
+            print(json.dumps(run), flush=True)
 
 
 def read() -> list[dict[str, Any]]:
@@ -425,7 +466,7 @@ def add(run: dict[str, Any]) -> None:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Medians over the rounds, of ours to each in the same round too; goals; the ELBO after equal epochs."""
+    """Medians over the turns, of ours to each in the same turn too; goals; the ELBO after equal epochs."""
     lines = [
         "| model | threads | variant | rounds | images/s | per CPU-s | ours is | in bfloat16 | goal "
         "| peak MiB | test ELBO |",
@@ -452,20 +493,18 @@ def _line(
 
 
 def _ratio(runs: list[dict[str, Any]], mine: str, variant: str) -> str:
-    """How many times as many images a second, the median of the rounds that have both.
+    """How many times as many images a second, the median of the turns that both took, one after the other.
 
     Empty beside itself and beside a limit of another precision.
     """
     kind, _, precision = variant.partition("_")
     same = mine.partition("_")[2] == precision
-    ours, theirs = (
-        {run["round"]: run["images"] / run["seconds"] for run in _timed_runs(runs, one)}
-        for one in (mine, variant)
-    )
+    ours, theirs = ({run["round"]: run["seconds"] for run in _timed_runs(runs, v)} for v in (mine, variant))
     both = ours.keys() & theirs.keys()
     if kind == "ours" or (kind in ("limit", "bare") and not same) or not both:
         return ""
-    return f"{statistics.median(ours[number] / theirs[number] for number in both):.2f} x"
+    turns = [turn for number in both for turn in zip(theirs[number], ours[number], strict=True)]
+    return f"{statistics.median(their / our for their, our in turns):.2f} x"
 
 
 def _timed_runs(runs: list[dict[str, Any]], variant: str) -> list[dict[str, Any]]:
@@ -475,8 +514,10 @@ def _timed_runs(runs: list[dict[str, Any]], variant: str) -> list[dict[str, Any]
 def _speeds(runs: list[dict[str, Any]], variant: str) -> tuple[float, float, float]:
     """Medians: images a second, images a CPU-second, peak MiB."""
     timed = _timed_runs(runs, variant)
-    wall = statistics.median(run["images"] / run["seconds"] for run in timed)
-    cpu = statistics.median(run["images"] / run["cpu_seconds"] for run in timed)
+    wall, cpu = (
+        statistics.median(run["images"] / seconds for run in timed for seconds in run[clock])
+        for clock in ("seconds", "cpu_seconds")
+    )
     return wall, cpu, statistics.median(run["peak_mib"] for run in timed)
 
 
@@ -489,21 +530,26 @@ def variants(options: argparse.Namespace) -> list[str]:
 def main() -> None:
     options = _options()
     if options.one:
-        Path(options.out).write_text(json.dumps(one(options)))
+        turns = Turns(options.line)
+        turns.line.sendall(json.dumps(one(options, turns)).encode())
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if not options.table:
-        for number in range(1, options.rounds + 1):
-            for model in options.models:
-                for variant in variants(options):
-                    kind = [r for r in read() if ("elbo" in r) == options.elbo]
-                    asked = (model, variant, number, int(os.environ["OMP_NUM_THREADS"]))
-                    if any((r["model"], r["variant"], r["round"], r["threads"]) == asked for r in kind):
-                        continue
-                    if (run := measure(options, model, variant, number)) is not None:
-                        add(run)
-                        print(json.dumps(run), flush=True)
+    for number, model in itertools.product(range(1, options.rounds + 1), options.models):
+        if not options.table and (missing := _missing(options, model, number)):
+            measure(options, model, missing, number)
     print(table(read()))
+
+
+def _missing(options: argparse.Namespace, model: str, number: int) -> list[str]:
+    """The variants that no earlier call has measured in this round."""
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    kind = [run for run in read() if ("elbo" in run) == options.elbo]
+    there = {
+        run["variant"]
+        for run in kind
+        if (run["model"], run["round"], run["threads"]) == (model, number, threads)
+    }
+    return [variant for variant in variants(options) if variant not in there]
 
 
 def _options() -> argparse.Namespace:
@@ -516,9 +562,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--elbo", action="store_true", help="score after equal epochs, instead of timing")
     parser.add_argument("--table", action="store_true", help="only print what was measured")
-    for internal in ("--one", "--model", "--out"):
+    for internal in ("--one", "--model"):
         parser.add_argument(internal, default="", help=argparse.SUPPRESS)
-    parser.add_argument("--round", type=int, default=0, help=argparse.SUPPRESS)
+    for internal in ("--round", "--line"):
+        parser.add_argument(internal, type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
