@@ -2,7 +2,8 @@
 
 On an AMD processor with AVX-512, the MKL that torch calls for float32 products does not use those units, and
 oneDNN, which torch brings as well, does: twice the products a second (benchmarks/README.md). On any other the
-layer is torch's own. The choice depends on the processor alone, so a run repeats to the bit where it ran.
+layer is torch's own. The choice depends on the processor alone, so a run repeats to the bit where it ran. In
+bfloat16 the products are torch's everywhere, and only the layout of a gradient is ours.
 
 Legend: N rows, in any number of leading dimensions; I inputs, O outputs.
 """
@@ -46,7 +47,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _work(x: Tensor) -> Callable[..., Tensor] | None:
     """What multiplies these rows; None for torch's own layer."""
-    if not on_cpu(x) or not x.numel():
+    if not on_cpu(x) or not x.numel() or x.dtype == torch.float64:
         return None
     if torch.is_autocast_enabled("cpu"):
         mixed = torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.is_grad_enabled()
