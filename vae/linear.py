@@ -80,7 +80,7 @@ class Product(torch.autograd.Function):
 class MixedProduct(torch.autograd.Function):
     """x Wᵀ + b in bfloat16, as under autocast, but the gradient of W lies as W does.
 
-    torch's is transposed, and to bring it to W's layout takes longer than the product.
+    torch's is transposed, and to bring it to W's layout takes about as long as the product.
     """
 
     @staticmethod
