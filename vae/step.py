@@ -100,7 +100,7 @@ class Stepper:
     def _noise(self, step: int, rows: int) -> Tensor:
         """The posterior's draws of a step, (rows, K, D), made for the steps that follow it as well.
 
-        After a step the caches are cold, and a small draw takes four times as long as the next one.
+        After a step the caches are cold, and a small draw takes several times as long as the next one.
         """
         if (step, rows) not in self.drawn:
             shape = self.config.samples, self.model.latent_dim
