@@ -142,7 +142,7 @@ def _idx_files(place: str) -> tuple[Store, str, dict[tuple[str, str], str]]:
     elif store.local is not None and not store.local.is_dir():
         store, wanted = _parent(store)
         if not any(store.local.glob(f"{wanted}-*-ubyte*")):  # type: ignore[union-attr]
-            raise ValueError(f"no folder {store.uri(wanted)}: check the path")
+            raise ValueError(f"no folder {place}: check the path")
     if store.local is not None:
         check_folder(store.local)
     sets: dict[str, dict[tuple[str, str], str]] = {}
